@@ -1,0 +1,5 @@
+"""The portable island: configuration, model, head, chat and tokenizer of the Baichuan family.
+
+These files import torch, transformers, sentencepiece and each other, nothing of this package: they are
+copied beside every saved model, where ``trust_remote_code=True`` runs them without the package.
+"""

@@ -1,0 +1,158 @@
+"""The output head, plain or NormHead, and the loss that never holds all logits at once.
+
+R rows (positions that enter the loss), D model width, V vocabulary, C rows of one chunk.
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+IGNORE = -100
+# fp32 logits held at a time: 2**26 of them are 256 MiB, 533 rows at V = 125,696.
+LOGITS_PER_CHUNK = 2**26
+NORM_EPS = 1e-12
+
+
+def inverse_row_norms(weight):
+    """1 / max(L2 norm, 1e-12) of each vocabulary row, fp32 ``(V,)``."""
+    return torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32).clamp_min(NORM_EPS).reciprocal()
+
+
+class BaichuanHead(nn.Linear):
+    """Hidden states to logits, or, given labels, straight to the loss.
+
+    With ``normalize`` it is Baichuan2's NormHead: every vocabulary row counts with L2 norm 1. The
+    norm is applied to the logits, ``(h @ W.T) / ||W||``, so no normalised copy of W exists, and W
+    itself is never written to: the vendor's in-place version breaks evaluation under ZeRO-3.
+
+    The loss is computed inside ``forward`` because that is where ZeRO-3 gathers the weight.
+    """
+
+    def __init__(self, hidden_size, vocab_size, normalize=False, device=None, dtype=None):
+        super().__init__(hidden_size, vocab_size, bias=False, device=device, dtype=dtype)
+        self.normalize = normalize
+
+    def extra_repr(self):
+        return f"{super().extra_repr()}, normalize={self.normalize}"
+
+    def forward(self, hidden, labels=None, num_items_in_batch=None, z_loss_weight=0.0):
+        """Logits ``(..., V)`` without labels, else the scalar fp32 loss; see ``causal_lm_loss``."""
+        weight = self.weight
+        if torch.is_autocast_enabled(hidden.device.type):
+            dtype = torch.get_autocast_dtype(hidden.device.type)
+            hidden, weight = hidden.to(dtype), weight.to(dtype)
+        if labels is not None:
+            return causal_lm_loss(
+                hidden,
+                weight,
+                labels,
+                normalize=self.normalize,
+                num_items_in_batch=num_items_in_batch,
+                z_loss_weight=z_loss_weight,
+            )
+        logits = F.linear(hidden, weight)
+        return logits * inverse_row_norms(weight).to(logits.dtype) if self.normalize else logits
+
+
+def causal_lm_loss(hidden, weight, labels, *, normalize, num_items_in_batch=None, z_loss_weight=0.0):
+    """Next-token cross-entropy plus z-loss, in chunks of rows.
+
+    ``loss = sum(CE over targets) / N  +  z_loss_weight * sum(max logit ** 2) / M``. Called on its own
+    (``num_items_in_batch`` None) it is the vendor's: N is the number of targets here and the z-loss
+    averages over all B * (T - 1) positions, padding included. In training N is the number of targets
+    of the whole update over all micro-batches and ranks, and the z-loss runs over the same targets
+    and N, because a mean over padding would depend on how the batch was cut.
+
+    Args:
+        hidden: ``(B, T, D)``. weight: ``(V, D)``.
+        labels: ``(B, T)`` token ids or IGNORE; position t is predicted from position t - 1.
+        num_items_in_batch: N, an int or a tensor; None counts here.
+    Returns:
+        fp32 scalar; 0, with zero gradients, where there is no target.
+    Source: baichuan-inc/Baichuan2-7B-Base modeling_baichuan.py ``BaichuanForCausalLM.forward``.
+    """
+    hidden = hidden[:, :-1].flatten(0, 1)
+    targets = labels[:, 1:].flatten().to(hidden.device)
+    is_target = targets != IGNORE
+    if num_items_in_batch is None:
+        ce_divisor, z_divisor = is_target.sum().clamp_min(1), max(targets.numel(), 1)
+    else:
+        ce_divisor = z_divisor = torch.as_tensor(num_items_in_batch, device=hidden.device).clamp_min(1)
+    if not z_loss_weight or num_items_in_batch is not None:
+        rows = is_target.nonzero().squeeze(1)
+        hidden, targets = hidden[rows], targets[rows]
+    z_scale = z_loss_weight / z_divisor if z_loss_weight else None
+    needs_grad = torch.is_grad_enabled()
+    return _ChunkedLoss.apply(hidden, weight, targets, normalize, 1.0 / ce_divisor, z_scale, needs_grad)
+
+
+def _chunk_loss_and_grad(logits, targets, ce_scale, z_scale):
+    """Loss of one chunk; ``logits`` (C, V) is overwritten by d loss / d logits."""
+    is_target = (targets != IGNORE).unsqueeze(1)
+    columns = targets.clamp_min(0).unsqueeze(1)
+    log_normalizer = torch.logsumexp(logits, dim=1, keepdim=True)
+    nll = (log_normalizer - logits.gather(1, columns)) * is_target
+    loss = nll.sum() * ce_scale
+    top, top_column = logits.max(dim=1, keepdim=True) if z_scale is not None else (None, None)
+    grad = logits.sub_(log_normalizer).exp_().mul_(is_target * ce_scale)
+    grad.scatter_add_(1, columns, -(is_target * ce_scale).to(grad.dtype).expand_as(columns))
+    if z_scale is not None:
+        loss = loss + top.square().sum() * z_scale
+        grad.scatter_add_(1, top_column, 2 * z_scale * top)
+    return loss, grad
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """Loss and both gradients in one pass over chunks of rows: the logits are made once, never kept.
+
+    For NormHead, with G the gradient with respect to the normalised rows w/||w||,
+    ``dW = (G - w_hat (w_hat . G)) / ||w||``: done once at the end, in fp32.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, normalize, ce_scale, z_scale, needs_grad):
+        need_hidden = needs_grad and ctx.needs_input_grad[0]
+        need_weight = needs_grad and ctx.needs_input_grad[1]
+        inverse_norms = inverse_row_norms(weight) if normalize else None
+        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        d_hidden = torch.empty_like(hidden) if need_hidden else None
+        # fp32: thousands of chunks' bf16 sums would lose the small ones
+        d_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
+        size = max(1, LOGITS_PER_CHUNK // weight.shape[0])
+        for start in range(0, hidden.shape[0], size):
+            chunk = hidden[start : start + size]
+            logits = F.linear(chunk, weight).float()  # (C, V)
+            if normalize:
+                logits *= inverse_norms
+            part, grad = _chunk_loss_and_grad(logits, targets[start : start + size], ce_scale, z_scale)
+            loss += part
+            if need_weight:
+                d_weight += grad.to(weight.dtype).T @ chunk
+            if need_hidden:
+                grad = grad.mul_(inverse_norms) if normalize else grad
+                d_hidden[start : start + size] = grad.to(weight.dtype) @ weight
+        if need_weight and normalize:
+            d_weight = _through_normalization(d_weight, weight, inverse_norms)
+        ctx.save_for_backward(d_hidden, d_weight.to(weight.dtype) if need_weight else None)
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_loss):
+        d_hidden, d_weight = ctx.saved_tensors
+        return (
+            None if d_hidden is None else d_hidden * grad_loss.to(d_hidden.dtype),
+            None if d_weight is None else d_weight * grad_loss.to(d_weight.dtype),
+            *[None] * 5,
+        )
+
+
+def _through_normalization(grad, weight, inverse_norms):
+    """Gradient of the raw rows from ``grad`` (V, D), that of the normalised rows; ``grad`` is reused."""
+    for rows in torch.arange(weight.shape[0], device=weight.device).split(8192):
+        scale = inverse_norms[rows].unsqueeze(1)
+        unit = weight[rows].float() * scale
+        # A row shorter than eps is divided by the constant eps: no projection there.
+        along = (unit * grad[rows]).sum(dim=1, keepdim=True) * (scale < 1 / NORM_EPS)
+        grad[rows] = (grad[rows] - unit * along) * scale
+    return grad

@@ -1,0 +1,70 @@
+"""Golden models and where things lie."""
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import baichuan_sft  # noqa: F401  (registers the classes)
+from baichuan_sft.model.configuration_baichuan import BaichuanConfig
+from baichuan_sft.model.modeling_baichuan import BaichuanForCausalLM
+
+ROOT = Path(__file__).parents[1]
+GOLDEN = Path(__file__).parent / "golden"
+SHARED = ROOT.parent / "shared"
+ARCHES = ["baichuan-7b", "baichuan-13b", "baichuan2-7b", "baichuan2-13b"]
+MODELS = [f"{arch}/{name}" for arch in ARCHES for name in "ab"]
+SMALL_VOCABULARY = ROOT / "data" / "tokenizer" / "baichuan2_like.model"
+
+needs_shared = pytest.mark.skipif(
+    not SHARED.is_dir(), reason=f"needs the reference data beside the repository ({SHARED} is absent)"
+)
+
+
+@dataclass(frozen=True)
+class Golden:
+    """One tiny vendor model: its directory, recorded tensors and facts."""
+
+    path: Path
+    cases: dict[str, torch.Tensor]
+    info: dict
+
+    def __getitem__(self, key):
+        value = self.cases[key]
+        return value.long() if value.dtype == torch.int32 else value
+
+    def has(self, group):
+        return any(key.startswith(group + "/") for key in self.cases)
+
+
+@cache
+def golden(name: str) -> Golden:
+    path = GOLDEN / name
+    return Golden(path, load_file(path / "cases.safetensors"), json.loads((path / "info.json").read_text()))
+
+
+def golden_model(name: str, attn: str = "eager", **config) -> BaichuanForCausalLM:
+    """A fresh fp32 model with the vendor's weights."""
+    model = BaichuanForCausalLM.from_pretrained(
+        golden(name).path, attn_implementation=attn, dtype=torch.float32, **config
+    )
+    return model.eval()
+
+
+def tiny_config(arch: str, **changes) -> BaichuanConfig:
+    """A two-layer model of one architecture; the shape is the smallest that exercises every branch."""
+    position = {"max_position_embeddings": 128} if "7b" in arch else {"model_max_length": 128}
+    fields = dict(
+        vocab_size=6144,
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        lm_head="norm" if "baichuan2" in arch else "plain",
+        **position,
+    )
+    return BaichuanConfig(**{**fields, **changes})
