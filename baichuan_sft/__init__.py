@@ -38,12 +38,18 @@ def _register() -> None:
 
     from baichuan_sft.model.configuration_baichuan import BaichuanConfig
     from baichuan_sft.model.modeling_baichuan import BaichuanForCausalLM, BaichuanModel
-    from baichuan_sft.model.tokenization_baichuan import BaichuanTokenizer
+    from baichuan_sft.model.tokenization_baichuan import BaiChuanTokenizer, BaichuanTokenizer
 
     AutoConfig.register("baichuan", BaichuanConfig, exist_ok=True)
     AutoModel.register(BaichuanConfig, BaichuanModel, exist_ok=True)
     AutoModelForCausalLM.register(BaichuanConfig, BaichuanForCausalLM, exist_ok=True)
-    AutoTokenizer.register(BaichuanConfig, slow_tokenizer_class=BaichuanTokenizer, exist_ok=True)
+    # The second class makes Baichuan-7B's spelling of the name known, which transformers looks up by name.
+    AutoTokenizer.register(
+        BaichuanConfig,
+        tokenizer_class=BaichuanTokenizer,
+        slow_tokenizer_class=BaiChuanTokenizer,
+        exist_ok=True,
+    )
     # save_pretrained then copies the model's own files beside the weights, and the result loads anywhere.
     BaichuanConfig.register_for_auto_class()
     BaichuanModel.register_for_auto_class("AutoModel")

@@ -3,3 +3,6 @@
 These files import torch, transformers, sentencepiece and each other, nothing of this package: they are
 copied beside every saved model, where ``trust_remote_code=True`` runs them without the package.
 """
+
+# First of all, so that the package's registration, which follows it, meets no half-imported file of this folder.
+import transformers  # noqa: F401

@@ -1,0 +1,64 @@
+"""`baichuan-sft COMMAND`: a table of commands, each imported only when it is called."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Callable
+
+from baichuan_sft import __version__
+from baichuan_sft.errors import UserError, pick
+
+# name -> (module:function(argv) -> exit code, one line of help)
+COMMANDS = {
+    "train": ("baichuan_sft.train.sft:main", "fine-tune a model on conversations, all weights or LoRA"),
+    "preview": ("baichuan_sft.data.preview:preview", "show conversations as tokens, trained and not"),
+    "chat": ("baichuan_sft.infer.terminal:main", "talk to a model, an adapter or a checkpoint"),
+}
+
+EXAMPLE = """example:
+  baichuan-sft preview data/belle_chat.json --tokenizer data/tokenizer/baichuan2_like.model
+  baichuan-sft train --model_name_or_path Baichuan2-7B-Base --data_path data/belle_chat.json --output_dir out
+  baichuan-sft chat out
+
+'baichuan-sft COMMAND --help' explains a command."""
+
+
+def run(command: Callable[[list[str]], int], argv: list[str]) -> int:
+    """Exit code of a command; what the user can repair becomes one line, without a traceback."""
+    try:
+        return command(argv)
+    except UserError as error:
+        # Each rank refuses the same flags and files: once per host is enough. Other faults may be one rank's own.
+        if error.exit_code != 2 or os.environ.get("LOCAL_RANK", "0") == "0":
+            rank = os.environ.get("RANK")
+            print(f"error{f' (rank {rank})' if rank not in (None, '0') else ''}: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def usage() -> str:
+    lines = [f"  {name:9} {text}" for name, (_, text) in COMMANDS.items()]
+    return "\n".join(["usage: baichuan-sft COMMAND ...", "", "commands:", *lines, "", EXAMPLE])
+
+
+def dispatch(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage())
+        return 0
+    if argv[0] == "--version":
+        print(f"baichuan-sft {__version__}")
+        return 0
+    module, _, function = pick("command", argv[0], COMMANDS)[0].partition(":")
+    return getattr(importlib.import_module(module), function)(argv[1:])
+
+
+def main() -> None:
+    sys.exit(run(dispatch, sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()

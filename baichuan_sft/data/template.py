@@ -1,0 +1,88 @@
+"""Conversations to token ids and labels: what a model of the family is trained on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from baichuan_sft.data.formats import Message
+from baichuan_sft.errors import UserError, pick
+
+IGNORE = -100
+EOS = 2  # of both vocabularies; the role ids come from the tokenizer
+# name -> the part of a conversation's assistant turns that is trained, where their `train` allows it
+TRAIN_ON = {"all": slice(None), "last": slice(-1, None)}
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """One conversation, unpadded and untruncated: ``len(labels) == len(input_ids)``."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+
+def render(messages: list[Message], tokenizer: Any, *, train_on: str = "all") -> Rendered:
+    """``render_batch`` of one conversation."""
+    return render_batch([messages], tokenizer, train_on)[0]
+
+
+def render_batch(conversations: list[list[Message]], tokenizer: Any, train_on: str = "all") -> list[Rendered]:
+    """Token ids and labels of conversations; all texts are encoded in one call.
+
+        ids     195  11  12 196  21  22 195  13 196  23   2
+        labels    .   .   .   .  21  22   2   .   .  23   2        (. = IGNORE)
+
+    A system text stands before the first user id. End of turn is learnt where the next user marker
+    stands, so label 2 sits over id 195. Label 0 is IGNORE: in a packed row it would be predicted by
+    the previous segment. No text can give a control id.
+
+    Args:
+        tokenizer: has ``encode_texts``, ``user_token_id`` and ``assistant_token_id``.
+        train_on: "all" assistant turns or only the "last" one, and of these the turns with ``train``.
+    Raises:
+        UserError: unknown ``train_on``, no assistant turn, no trained one, two turns in a row from
+            one role, a system turn that is not the first. The caller adds the place in the file.
+    Source: baichuan-inc/Baichuan2 fine-tune.py ``SupervisedDataset.preprocessing``, but that it trains
+        unknown roles as assistant text and gives label EOS to the first user marker.
+    """
+    trained = [_trained_turns(messages, train_on) for messages in conversations]
+    encoded = iter(tokenizer.encode_texts([m.text for messages in conversations for m in messages]))
+    markers = {"system": [], "user": [tokenizer.user_token_id], "assistant": [tokenizer.assistant_token_id]}
+    rendered = []
+    for messages, targets in zip(conversations, trained, strict=True):
+        texts = [next(encoded) for _ in messages]
+        rendered.append(_join([markers[m.role] for m in messages], texts, targets))
+        if messages[-1].role == "assistant":
+            rendered[-1].input_ids.append(EOS)
+            rendered[-1].labels.append(EOS if len(messages) - 1 in targets else IGNORE)
+    return rendered
+
+
+def _join(markers: list[list[int]], texts: list[list[int]], trained: set[int]) -> Rendered:
+    """Ids and labels of the turns, without the final eos; ``trained`` holds turn indices."""
+    ids: list[int] = []
+    labels: list[int] = []
+    for i, (marker, text) in enumerate(zip(markers, texts, strict=True)):
+        ids += marker + text
+        labels += [EOS if i - 1 in trained else IGNORE] * len(marker)
+        labels += text if i in trained else [IGNORE] * len(text)
+    return Rendered(ids, labels)
+
+
+def _trained_turns(messages: list[Message], train_on: str) -> set[int]:
+    """Indices of the turns whose text is a target, once the order of turns has been checked."""
+    part = pick("train_on", train_on, TRAIN_ON)
+    roles = [m.role for m in messages]
+    for i, role in enumerate(roles[1:], 1):
+        if role == "system":
+            raise UserError(f"turn {i}: a system turn after the conversation started, only the first can be")
+        if role == roles[i - 1]:
+            raise UserError(f"turn {i}: two {role} turns in a row (turns {i - 1}-{i}); join or remove one")
+    turns = [i for i, role in enumerate(roles) if role == "assistant"]
+    if not turns:
+        raise UserError("no assistant turn - nothing to supervise")
+    trained = {i for i in turns[part] if messages[i].train}
+    if not trained:
+        raise UserError(f'no trained turn: "train" is false on every assistant turn of train_on={train_on!r}')
+    return trained

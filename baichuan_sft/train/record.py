@@ -1,0 +1,97 @@
+"""What a run leaves beside its weights: run.json, trainer_log.jsonl, loss.png."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from baichuan_sft import __version__
+
+PACKAGES = ("torch", "transformers", "deepspeed", "peft", "accelerate", "datasets", "sentencepiece", "safetensors")
+
+
+def sha256(path: str | Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if sys.version_info >= (3, 11) else _sha256(file)
+
+
+def _sha256(file: Any) -> str:
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "baichuan-sft": __version__}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "absent"
+    return found
+
+
+def git_commit() -> str | None:
+    """Commit of the checkout this package runs from, with ``-dirty`` where files differ; None outside one."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+class RunRecord(TrainerCallback):
+    """Collects the facts of a run and writes them; rank 0 only.
+
+    Args:
+        output_dir: where trainer_log.jsonl grows.
+        facts: arguments, data report, hashes; stored as they are.
+    """
+
+    def __init__(self, output_dir: str | Path, facts: dict[str, Any]) -> None:
+        self.output_dir = Path(output_dir)
+        self.facts = {**facts, "versions": versions(), "git_commit": git_commit()}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero and state.global_step == 0:
+            (self.output_dir / "trainer_log.jsonl").unlink(missing_ok=True)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero:
+            with open(self.output_dir / "trainer_log.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": state.global_step, **(logs or {})}) + "\n")
+
+    def write(self, directory: str | Path) -> None:
+        text = json.dumps(self.facts, indent=1, ensure_ascii=False, default=str)
+        (Path(directory) / "run.json").write_text(text + "\n", encoding="utf-8")
+
+
+def plot_loss(history: list[dict[str, float]], path: str | Path) -> None:
+    """Loss and gradient norm over the updates, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [row for row in history if "loss" in row]
+    steps = [row["step"] for row in rows]
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    axes.plot(steps, [row["loss"] for row in rows], color="tab:blue", label="loss")
+    axes.set(xlabel="update", ylabel="loss (nats per target token)", title="training loss")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    norms = axes.twinx()
+    norms.plot(steps, [row.get("grad_norm", float("nan")) for row in rows], color="tab:orange", alpha=0.5, lw=1)
+    norms.set_ylabel("gradient norm", color="tab:orange")
+    norms.set_ylim(bottom=0)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

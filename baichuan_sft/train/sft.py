@@ -1,0 +1,246 @@
+"""The main path: flags to a fine-tuned model on disk."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import json
+import os
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from baichuan_sft.errors import UserError
+from baichuan_sft.train import args as flags
+from baichuan_sft.train.args import Settings
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Fine-tune as the flags say; see ``baichuan-sft train --help``.
+
+    Returns:
+        exit code 0; everything else is raised.
+    """
+    settings = flags.parse(sys.argv[1:] if argv is None else argv)
+    with processes(settings):
+        train(settings)
+    return 0
+
+
+def train(settings: Settings) -> None:
+    """One run, from files to files; every rank calls it."""
+    from transformers import set_seed
+
+    from baichuan_sft.checkpoint import load_tokenizer
+    from baichuan_sft.data.dataset import build_dataset
+    from baichuan_sft.train.adapters import relative_change
+    from baichuan_sft.train.record import plot_loss
+    from baichuan_sft.train.trainer import ItemCollator, SftTrainer
+
+    args = training_arguments(settings)
+    for notice in settings.notices:
+        say(notice)
+    set_seed(args.seed)
+    tokenizer = load_tokenizer(settings.model.model_name_or_path)
+    dataset, report = build_dataset(
+        settings.data.data_path,
+        tokenizer,
+        max_length=settings.data.model_max_length,
+        train_on=settings.data.train_on,
+        data_format=settings.data.data_format,
+        cache_dir=settings.data.cache_dir,
+    )
+    say(f"data: {report}")
+    model = build_model(settings, args, tokenizer)
+    trainer = SftTrainer(
+        model=model,
+        args=args,
+        train_dataset=dataset,
+        data_collator=ItemCollator(tokenizer.pad_token_id),
+        processing_class=tokenizer,
+        record=run_record(settings, args, tokenizer, report),
+    )
+    trainer.train(resume_from_checkpoint=settings.training["resume_from_checkpoint"])
+    trainer.save_model()
+    if settings.lora.use_lora:
+        report_change(relative_change(trainer.model))
+    if trainer.is_world_process_zero():
+        plot_loss(trainer.state.log_history, Path(args.output_dir) / "loss.png")
+    say(f"\nTalk to the result:\n  baichuan-sft chat {args.output_dir}")
+
+
+def say(message: str) -> None:
+    """One line of the run's log, from rank 0."""
+    if os.environ.get("RANK", "0") == "0":
+        print(message, flush=True)
+
+
+# --- processes --------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def processes(settings: Settings) -> Iterator[None]:
+    """The process group of this run, where a launcher or DeepSpeed asks for one, taken down at the end.
+
+    It must exist before TrainingArguments: ZeRO-3 would partition for one process, and the time limit
+    of the group would not be ours.
+    """
+    if not settings.training["deepspeed"]:
+        yield
+        return
+    import deepspeed
+    import torch.distributed
+
+    on_cpu = settings.training["use_cpu"]
+    if on_cpu:
+        # Compiled at every first start, for minutes and in silence; training never calls it.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    for name, value in _one_process().items():
+        os.environ.setdefault(name, value)
+    seconds = settings.training["ddp_timeout"]
+    deepspeed.init_distributed("gloo" if on_cpu else "nccl", timeout=datetime.timedelta(seconds=seconds))
+    try:
+        yield
+    finally:
+        # Left to the interpreter's exit, gloo's threads end the process with a random exit code.
+        torch.distributed.destroy_process_group()
+
+
+def _one_process() -> dict[str, str]:
+    """What a launcher would have set for a run of one process."""
+    if "RANK" in os.environ:
+        return {}
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+
+
+# --- arguments, model -------------------------------------------------------------------------------
+
+
+def zero_stage(path: str | None) -> int:
+    """ZeRO stage of a DeepSpeed configuration file; 0 without one.
+
+    Raises:
+        UserError: not JSON.
+    """
+    if path is None:
+        return 0
+    try:
+        config = json.loads(Path(path).read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{error.lineno}:{error.colno}: not JSON: {error.msg}.") from None
+    return config.get("zero_optimization", {}).get("stage", 0)
+
+
+def training_arguments(settings: Settings) -> flags.SftTrainingArguments:
+    """transformers' arguments; what they refuse becomes one line.
+
+    Raises:
+        UserError: values that transformers or DeepSpeed do not take together.
+    """
+    values = dict(settings.training, remove_unused_columns=False, disable_tqdm=False)
+    _choose_checkpointing(values)
+    try:
+        return flags.SftTrainingArguments(**values)
+    except ValueError as error:
+        raise UserError(" ".join(str(error).split())) from None
+
+
+def _choose_checkpointing(values: dict[str, Any]) -> None:
+    """Gradient checkpointing under the name this transformers has for it, of the kind that works here."""
+    old, new = "gradient_checkpointing", "activation_checkpointing"
+    name = new if new in values else old
+    values[name] = bool(values[old] or values.get(new))
+    kwargs = values.pop(f"{old}_kwargs") or values.get(f"{new}_kwargs")
+    if values[name] and not kwargs:
+        # ZeRO-3 releases a layer's weights between forward and recomputation, which the
+        # non-reentrant kind takes for a change of the graph.
+        kwargs = {"use_reentrant": zero_stage(values["deepspeed"]) == 3}
+    values[f"{name}_kwargs"] = kwargs
+    if name == new:
+        del values[old]
+
+
+def build_model(settings: Settings, args: Any, tokenizer: Any) -> Any:
+    """The base model with LoRA adapters, or with its frozen part; the log says what is trained."""
+    from baichuan_sft.train.adapters import add_lora, count_parameters, freeze
+
+    model = load_base(settings, args)
+    if model.config.vocab_size < len(tokenizer):
+        raise UserError(
+            f"{settings.model.model_name_or_path}: the embedding has {model.config.vocab_size} rows, the tokenizer "
+            f"{len(tokenizer)} pieces: weights of one Baichuan generation with the tokenizer of the other."
+        )
+    prepare_generation(model)
+    if settings.lora.use_lora:
+        model = add_lora(model, settings.lora)
+        if getattr(args, "activation_checkpointing", args.gradient_checkpointing):
+            model.enable_input_require_grads()  # else the recomputed layers see no input that needs a gradient
+    elif settings.model.freeze:
+        freeze(model, settings.model.freeze)
+    trained, total = count_parameters(model)
+    say(f"trained parameters: {trained:,} of {total:,} ({100 * trained / total:.3g} %)")
+    return model
+
+
+def load_base(settings: Settings, args: Any) -> Any:
+    """Weights in the dtype the run computes in: mixed precision without DeepSpeed keeps fp32 masters itself."""
+    import torch
+
+    from baichuan_sft.checkpoint import load_model
+
+    half = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+    keeps_master = bool(args.deepspeed) or settings.lora.use_lora
+    model = load_model(
+        settings.model.model_name_or_path,
+        dtype=half if keeps_master else torch.float32,
+        attn=settings.model.attn,
+    )
+    model.config.use_cache = False
+    return model.train()
+
+
+def prepare_generation(model: Any) -> None:
+    """Fill in the vendor's chat settings where the base model brings none, and stop at the user's turn."""
+    config = model.generation_config
+    if config.max_new_tokens is None:
+        config.update(
+            max_new_tokens=2048, do_sample=True, temperature=0.3, top_k=5, top_p=0.85, repetition_penalty=1.05
+        )
+    config.update(pad_token_id=0, bos_token_id=1, eos_token_id=[2, 195], user_token_id=195, assistant_token_id=196)
+
+
+# --- record -----------------------------------------------------------------------------------------
+
+
+def run_record(settings: Settings, args: Any, tokenizer: Any, report: Any) -> Any:
+    """The facts of this run that its result carries."""
+    from baichuan_sft.train.record import RunRecord, sha256
+
+    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    facts = {
+        "command": sys.argv,
+        "model": dataclasses.asdict(settings.model),
+        "data": {**dataclasses.asdict(settings.data), "report": report.to_dict()},
+        "lora": dataclasses.asdict(settings.lora),
+        "training": args.to_dict(),
+        "world_size": args.world_size,
+        "data_sha256": {path: sha256(path) for path in settings.data.data_path.split(",")},
+        "tokenizer_sha256": sha256(tokenizer.vocab_file),
+    }
+    return RunRecord(args.output_dir, facts)
+
+
+def report_change(change: dict[str, float]) -> None:
+    """Say how far each target moved, and warn where it did not."""
+    from baichuan_sft.train.adapters import NO_CHANGE
+
+    for name, size in change.items():
+        say(f"relative change of {name}: {size:.2e}")
+        if size < NO_CHANGE:
+            say(f"warning: {name} has hardly changed ({size:.1e}); more steps, a higher --learning_rate or --lora_rank?")

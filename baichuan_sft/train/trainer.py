@@ -1,0 +1,196 @@
+"""HF Trainer, with the checks that a run cannot fail in silence.
+
+The loss itself needs nothing here: the model divides by ``num_items_in_batch``, which Trainer counts over
+all micro-batches of an update and all ranks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from baichuan_sft.checkpoint import is_adapter, load_model, verify
+from baichuan_sft.data.packing import Collator
+from baichuan_sft.data.template import IGNORE
+from baichuan_sft.errors import CheckpointFault, NumericalFault
+from baichuan_sft.train.record import RunRecord
+
+CAUSES = "Likely causes: too high a learning rate, fp16 overflow (use bf16), or damaged weights."
+# A reloaded model may miss the live one by what another device and kernel round differently.
+RELOAD_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1e-1, torch.float16: 1e-1}
+PROBE_TOKENS = 16
+
+
+class ItemCollator(Collator):
+    """``Collator`` that also hands on the records' numbers, so that a bad batch can be named."""
+
+    def __call__(self, segments):
+        return {**super().__call__(segments), "items": torch.tensor([s["item"] for s in segments])}
+
+
+class SftTrainer(Trainer):
+    """Trainer that names a bad batch, verifies what it saved, and counts tokens.
+
+    Args:
+        record: written beside every save.
+    """
+
+    def __init__(self, *, record: RunRecord, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.record = record
+        self.items_of_update: list[int] = []
+        self.counts = torch.zeros(3)  # computed, real, target tokens since the last log, this rank
+        self.counted_since = time.monotonic()
+        self.reload_checked = False
+        for callback in (ProgressCallback, PrinterCallback):
+            self.remove_callback(callback)
+        self.add_callback(ProgressBar() if sys.stderr.isatty() else LogLines())
+        self.add_callback(record)
+
+    # --- one step ---------------------------------------------------------------------------------
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        items = inputs.pop("items").tolist()
+        if not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        self.items_of_update = self.items_of_update + items
+        num_targets = int((inputs["labels"][:, 1:] != IGNORE).sum())
+        real = int(inputs["attention_mask"].sum())
+        self.counts += torch.tensor([inputs["input_ids"].numel(), real, num_targets])
+        loss = super().compute_loss(model, inputs, False, num_items_in_batch)
+        value = loss.item()
+        if not math.isfinite(value):
+            self._stop(f"the loss is {value}")
+        if value == 0 and num_targets:
+            self._stop(f"the loss is 0 over {num_targets} targets")
+        return loss
+
+    def _maybe_log_save_evaluate(self, tr_loss, grad_norm, *args, **kwargs):
+        norm = float(grad_norm) if grad_norm is not None else 0.0
+        # DeepSpeed's fp16 scaler skips such a step by itself and lowers its scale.
+        if not math.isfinite(norm) and not self.args.fp16:
+            self._stop(f"the gradient norm is {norm}")
+        self.items_of_update = []
+        return super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
+
+    def _stop(self, what: str) -> None:
+        raise NumericalFault(
+            f"step {self.state.global_step + 1}, rank {self.args.process_index}: {what}; records (0-based, over all "
+            f"files) {', '.join(map(str, self.items_of_update))}. Nothing was saved after the last checkpoint. {CAUSES}"
+        )
+
+    def log(self, logs, start_time=None):
+        if "loss" in logs:
+            logs |= self._speed()
+        super().log(logs, start_time)
+
+    def _speed(self) -> dict[str, float]:
+        """Tokens per second over all ranks since the last log, and the padding share of what was computed."""
+        counts = self.accelerator.reduce(self.counts.to(self.args.device), "sum").tolist()
+        seconds = time.monotonic() - self.counted_since
+        self.counts.zero_()
+        self.counted_since = time.monotonic()
+        return {
+            "tokens_per_second": counts[1] / seconds,
+            "targets_per_second": counts[2] / seconds,
+            "padding_share": 1 - counts[1] / max(counts[0], 1),
+        }
+
+    # --- saving -----------------------------------------------------------------------------------
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        """Save, then check the files; after the first save also that they give the live model's logits."""
+        output_dir = output_dir or self.args.output_dir
+        super().save_model(output_dir, _internal_call)
+        if self.args.should_save:
+            self.record.write(output_dir)
+            if is_adapter(output_dir):
+                self._base_model().generation_config.save_pretrained(output_dir)
+            verify(output_dir)
+        if not self.reload_checked:
+            self._compare_reloaded(output_dir)
+            self.reload_checked = True
+        self.accelerator.wait_for_everyone()
+
+    def _base_model(self):
+        model = self.accelerator.unwrap_model(self.model)
+        return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+    @torch.no_grad()
+    def _compare_reloaded(self, path: str | Path) -> None:
+        vocab_size = self._base_model().config.vocab_size
+        probe = torch.arange(PROBE_TOKENS)[None] * (vocab_size // PROBE_TOKENS)
+        was_training = self.model.training
+        # ZeRO-3 gathers each layer over all ranks, so all of them run the live model.
+        self.model_wrapped.eval()
+        live = self.model_wrapped(input_ids=probe.to(self.args.device)).logits.float().cpu()
+        self.model_wrapped.train(was_training)
+        if not self.args.should_save:
+            return
+        with outside_zero3(), torch.random.fork_rng():
+            reloaded = load_model(path)
+            saved = reloaded(input_ids=probe).logits.float()
+        gap, scale = (live - saved).abs().max().item(), live.abs().max().item()
+        tolerance = RELOAD_TOLERANCE[reloaded.dtype] * max(scale, 1.0)
+        if not gap <= tolerance:
+            raise CheckpointFault(
+                f"{path}: the reloaded model's logits differ from the live ones by {gap:.2g}, more than "
+                f"{tolerance:.2g}; the saved weights are not the trained ones."
+            )
+
+
+@contextlib.contextmanager
+def outside_zero3() -> Iterator[None]:
+    """Load a model as if DeepSpeed were not active: one rank alone may not partition weights."""
+    from transformers.integrations import deepspeed as integration
+
+    active = integration._hf_deepspeed_config_weak_ref
+    integration.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        integration._hf_deepspeed_config_weak_ref = active
+
+
+def describe(logs: dict[str, float]) -> dict[str, str]:
+    """A log event in the few words that fit beside a progress bar."""
+    return {
+        "loss": f"{logs['loss']:.4f}",
+        "grad": f"{logs.get('grad_norm', 0.0):.3f}",
+        "lr": f"{logs['learning_rate']:.2e}",
+        "tok/s": f"{logs['tokens_per_second']:,.0f}",
+        "targets/s": f"{logs['targets_per_second']:,.0f}",
+        "padding": f"{logs['padding_share']:.0%}",
+    }
+
+
+class ProgressBar(ProgressCallback):
+    """One line on a terminal: steps, time left, loss, speed."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero and self.training_bar is not None and "loss" in (logs or {}):
+            self.training_bar.set_postfix(describe(logs))
+
+
+class LogLines(PrinterCallback):
+    """One line per log event where there is no terminal, with the time left."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.started, self.first = time.monotonic(), state.global_step
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero or "loss" not in (logs or {}):
+            return
+        per_step = (time.monotonic() - self.started) / max(state.global_step - self.first, 1)
+        left = per_step * (state.max_steps - state.global_step)
+        words = " ".join(f"{name} {value}" for name, value in describe(logs).items())
+        print(f"step {state.global_step}/{state.max_steps} {words} left {left:.0f} s", flush=True)
