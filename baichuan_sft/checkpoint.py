@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 from baichuan_sft.errors import CheckpointFault, UserError
@@ -16,6 +17,14 @@ if TYPE_CHECKING:
     from baichuan_sft.model.tokenization_baichuan import BaichuanTokenizer
 
 Shapes = dict[str, tuple[int, ...]]
+
+# In the order of transformers.
+MODEL_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -49,8 +58,10 @@ def base_of(path: str | Path) -> str:
         return str(path)
     base = read_json(Path(path) / "adapter_config.json").get("base_model_name_or_path") or ""
     if not os.path.isdir(base):
-        raise UserError(f"{path}: this adapter needs its base model in {base!r}, which is no directory here; "
-                        "set base_model_name_or_path in adapter_config.json to where it is.")
+        raise UserError(
+            f"{path}: this adapter needs its base model in {base!r}, which is no directory here; "
+            "set base_model_name_or_path in adapter_config.json to where it is."
+        )
     return base
 
 
@@ -67,11 +78,13 @@ def load_config(path: str | Path) -> BaichuanConfig:
         raise UserError(f"{path}: no such directory.")
     raw = read_json(path / "config.json")
     if raw.get("model_type") != "baichuan":
-        raise UserError(f"{path}: not a Baichuan model: config.json has model_type {raw.get('model_type')!r}, "
-                        "expected 'baichuan'.")
+        raise UserError(
+            f"{path}: not a Baichuan model: config.json has model_type {raw.get('model_type')!r}, "
+            "expected 'baichuan'."
+        )
     try:
         return BaichuanConfig.from_pretrained(path)
-    except ValueError as error:
+    except (AttributeError, TypeError, ValueError) as error:
         raise UserError(f"{path / 'config.json'}: {error}.") from None
 
 
@@ -103,29 +116,61 @@ def expected_shapes(config: BaichuanConfig) -> Shapes:
         return {name: tuple(t.shape) for name, t in BaichuanForCausalLM(config).state_dict().items()}
 
 
-def file_shapes(path: Path) -> Shapes:
-    """Name and shape of every tensor in the safetensors files of a directory, from their headers.
+def weight_files(path: Path) -> list[Path]:
+    """The files that transformers or PEFT read the weights from; where there are several kinds, as they choose.
 
     Raises:
-        CheckpointFault: a file is missing, truncated, or not safetensors.
+        CheckpointFault: there are none.
+        UserError: an index that is no JSON object.
     """
+    known = ("adapter_model.safetensors", "adapter_model.bin") if is_adapter(path) else MODEL_FILES
+    name = next((name for name in known if (path / name).is_file()), None)
+    if name is None:
+        raise CheckpointFault(f"{path}: no weights in it; expected one of {', '.join(known)}.")
+    if not name.endswith(".index.json"):
+        return [path / name]
+    weight_map = read_json(path / name).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise CheckpointFault(f"{path / name}: has no weight_map; copy this file again.")
+    return [path / shard for shard in sorted(set(weight_map.values()))]
+
+
+def file_shapes(path: Path) -> Shapes:
+    """Name and shape of every tensor in the weight files of a directory; the data is not read.
+
+    Raises:
+        CheckpointFault: a file is missing, truncated, or holds anything but tensors.
+    """
+    import torch
     from safetensors import SafetensorError, safe_open
 
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(read_json(index)["weight_map"].values()))
-    else:
-        names = ["adapter_model.safetensors" if is_adapter(path) else "model.safetensors"]
     shapes: Shapes = {}
-    for name in names:
+    for file in weight_files(path):
         try:
-            with safe_open(path / name, framework="pt") as file:
-                shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+            if file.suffix == ".safetensors":
+                with safe_open(file, framework="pt") as opened:
+                    names = opened.keys()
+                    shapes.update({name: tuple(opened.get_slice(name).get_shape()) for name in names})
+            else:
+                tensors = torch.load(file, map_location="meta", weights_only=True)
+                shapes.update({name: tuple(tensor.shape) for name, tensor in tensors.items()})
         except FileNotFoundError:
-            raise CheckpointFault(f"{path / name}: no such file.") from None
-        except (SafetensorError, OSError) as error:
-            raise CheckpointFault(f"{path / name}: not a whole safetensors file: {error}.") from None
+            raise CheckpointFault(
+                f"{file}: no such file, but it is part of the model; copy it there."
+            ) from None
+        except (SafetensorError, OSError, RuntimeError) as error:
+            raise CheckpointFault(f"{file}: not a whole file ({first_line(error)}); copy it again.") from None
+        except (UnpicklingError, EOFError, AttributeError):
+            # torch's own message advises weights_only=False, which would run what is in the file.
+            raise CheckpointFault(
+                f"{file}: holds more than tensors, or is damaged; nothing of it was run. Get these weights "
+                "as safetensors, or copy the file again."
+            ) from None
     return shapes
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def compare_shapes(path: str | Path, found: Shapes, expected: Shapes) -> None:
@@ -141,23 +186,38 @@ def compare_shapes(path: str | Path, found: Shapes, expected: Shapes) -> None:
     if extra:
         faults.append(f"{len(extra)} tensors that do not belong, e.g. {extra[0]}")
     if odd:
-        faults.append(f"{len(odd)} tensors of another shape, e.g. {odd[0]} {found[odd[0]]}, expected {expected[odd[0]]}")
+        faults.append(
+            f"{len(odd)} tensors of another shape, e.g. {odd[0]} {found[odd[0]]}, expected {expected[odd[0]]}"
+        )
     if faults:
         raise CheckpointFault(f"{path}: does not fit its configuration: {'; '.join(faults)}.")
 
 
-def expected_adapter_shapes(adapter: dict[str, Any], base: Shapes) -> Shapes:
-    """Tensors of a LoRA adapter with this adapter_config on a base with these tensors."""
-    rank, shapes = adapter["r"], {}
-    for name, shape in base.items():
-        module = name.removesuffix(".weight")
-        if module.rpartition(".")[2] not in adapter["target_modules"]:
-            continue
-        shapes[f"base_model.model.{module}.lora_A.weight"] = (rank, shape[1])
-        shapes[f"base_model.model.{module}.lora_B.weight"] = (shape[0], rank)
-        if adapter.get("use_dora"):
-            shapes[f"base_model.model.{module}.lora_magnitude_vector"] = (shape[0],)
-    return shapes
+def expected_adapter_shapes(path: Path, base: BaichuanConfig) -> Shapes:
+    """Name and shape of every tensor that PEFT makes of an adapter's configuration on this base.
+
+    Raises:
+        UserError: PEFT cannot put such an adapter on this base.
+    """
+    import torch
+    from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
+
+    from baichuan_sft.model.modeling_baichuan import BaichuanForCausalLM
+
+    read_json(path / "adapter_config.json")
+    try:
+        config = PeftConfig.from_pretrained(str(path))
+        config.base_model_name_or_path = None  # PEFT warns where it is not the given model's
+        if getattr(config, "init_lora_weights", True) is not True:
+            config.init_lora_weights = True  # the others compute on the base's weights, which are not here
+        with torch.device("meta"):
+            model = get_peft_model(BaichuanForCausalLM(base), config)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: PEFT cannot put this adapter on its base: {error}") from None
+    return {
+        name: tuple(t.shape)
+        for name, t in get_peft_model_state_dict(model, save_embedding_layers=False).items()
+    }
 
 
 def verify(path: str | Path) -> None:
@@ -171,15 +231,20 @@ def verify(path: str | Path) -> None:
     if not is_adapter(path):
         compare_shapes(path, file_shapes(path), expected_shapes(load_config(path)))
         return
-    adapter = read_json(path / "adapter_config.json")
     base = base_of(path)
+    expected, found = expected_adapter_shapes(path, load_config(base)), file_shapes(path)
     try:
-        compare_shapes(path, file_shapes(path), expected_adapter_shapes(adapter, expected_shapes(load_config(base))))
+        compare_shapes(path, found, expected)
     except CheckpointFault as fault:
-        raise CheckpointFault(f"{fault} Its base is {base}; was the adapter trained on another model?") from None
+        raise CheckpointFault(
+            f"{fault} Its base is {base}; if it was trained on another model, set base_model_name_or_path in "
+            "adapter_config.json to that one."
+        ) from None
 
 
-def load_model(path: str | Path, *, dtype: torch.dtype | str = "auto", attn: str = "sdpa", device: Any = None) -> Any:
+def load_model(
+    path: str | Path, *, dtype: torch.dtype | str = "auto", attn: str = "sdpa", device: Any = None
+) -> Any:
     """A Baichuan model, or an adapter on its base, in eval mode.
 
     Every tensor must be there and used: transformers and PEFT only warn about those that are not, and
@@ -195,22 +260,23 @@ def load_model(path: str | Path, *, dtype: torch.dtype | str = "auto", attn: str
 
     base = base_of(path)
     config = load_config(base)
-    if list(Path(base).glob("*.safetensors")):
-        known = {name: shape for name, shape in file_shapes(Path(base)).items() if "rotary_emb.inv_freq" not in name}
-        compare_shapes(base, known, expected_shapes(config))
+    known = {name: s for name, s in file_shapes(Path(base)).items() if "rotary_emb.inv_freq" not in name}
+    compare_shapes(base, known, expected_shapes(config))
     try:
-        model, info = BaichuanForCausalLM.from_pretrained(
+        loaded: Any = BaichuanForCausalLM.from_pretrained(
             base, config=config, dtype=dtype, attn_implementation=attn, output_loading_info=True
         )
     except (OSError, RuntimeError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise CheckpointFault(f"{base}: its weights cannot be read: {first}") from None
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if keys := sorted(map(str, info[kind])):
-            raise CheckpointFault(f"{base}: {len(keys)} {kind.replace('_', ' ')} in its weights, e.g. {keys[0]}.")
+        raise CheckpointFault(f"{base}: its weights cannot be read: {first_line(error)}") from None
+    model, info = loaded
+    assert not (info["missing_keys"] or info["unexpected_keys"] or info["mismatched_keys"]), info
     if is_adapter(path):
         from peft import PeftModel
+        from transformers import GenerationConfig
 
         verify(path)
+        settings = Path(path) / "generation_config.json"
+        if settings.is_file():  # PEFT would keep the base's
+            model.generation_config = GenerationConfig.from_dict(read_json(settings))
         model = PeftModel.from_pretrained(model, path)
     return (model if device is None else model.to(device)).eval()

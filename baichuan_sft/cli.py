@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable
 
 from baichuan_sft import __version__
@@ -27,13 +29,21 @@ EXAMPLE = """example:
 
 def run(command: Callable[[list[str]], int], argv: list[str]) -> int:
     """Exit code of a command; what the user can repair becomes one line, without a traceback."""
+    # DeepSpeed says at every import, in every process, that there is no GPU.
+    logging.getLogger("DeepSpeed").addFilter(lambda entry: "accelerator to CPU" not in entry.getMessage())
+    # What torch, transformers and DeepSpeed deprecate in each other is nothing a user can act on.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.|transformers\.")
     try:
         return command(argv)
     except UserError as error:
-        # Each rank refuses the same flags and files: once per host is enough. Other faults may be one rank's own.
+        # Every rank refuses the same flags and files: once per host is enough. Other faults may be one's own.
         if error.exit_code != 2 or os.environ.get("LOCAL_RANK", "0") == "0":
             rank = os.environ.get("RANK")
-            print(f"error{f' (rank {rank})' if rank not in (None, '0') else ''}: {error}", file=sys.stderr, flush=True)
+            print(
+                f"error{f' (rank {rank})' if rank not in (None, '0') else ''}: {error}",
+                file=sys.stderr,
+                flush=True,
+            )
         return error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

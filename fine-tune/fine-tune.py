@@ -5,8 +5,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works without being installed
 
-from baichuan_sft.cli import run  # noqa: E402
-from baichuan_sft.train.sft import main  # noqa: E402
+from baichuan_sft.cli import run
+from baichuan_sft.train.sft import main
 
 if __name__ == "__main__":
     sys.exit(run(main, sys.argv[1:]))

@@ -2,6 +2,37 @@
 
 import os
 
+import pytest
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session", params=["baichuan1_like", "baichuan2_like", "baichuan1", "baichuan2"])
+def vocabulary(request):
+    """Name of each vocabulary, of which the vendor's own lie outside the repository."""
+    from fixtures import VOCABULARIES
+
+    if not VOCABULARIES[request.param].exists():
+        pytest.skip(f"needs the vendor's vocabulary {VOCABULARIES[request.param]}")
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def tokenizer(vocabulary):
+    from fixtures import VOCABULARIES
+
+    from baichuan_sft.model.tokenization_baichuan import BaichuanTokenizer
+
+    return BaichuanTokenizer(VOCABULARIES[vocabulary])
+
+
+@pytest.fixture(scope="session")
+def small():
+    """The tokenizer that the repository ships."""
+    from fixtures import SMALL_VOCABULARY
+
+    from baichuan_sft.model.tokenization_baichuan import BaichuanTokenizer
+
+    return BaichuanTokenizer(SMALL_VOCABULARY)

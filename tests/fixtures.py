@@ -19,6 +19,18 @@ SHARED = ROOT.parent / "shared"
 ARCHES = ["baichuan-7b", "baichuan-13b", "baichuan2-7b", "baichuan2-13b"]
 MODELS = [f"{arch}/{name}" for arch in ARCHES for name in "ab"]
 SMALL_VOCABULARY = ROOT / "data" / "tokenizer" / "baichuan2_like.model"
+VOCABULARIES = {
+    "baichuan1_like": GOLDEN / "small_tok" / "baichuan1_like.model",
+    "baichuan2_like": SMALL_VOCABULARY,
+    "baichuan1": SHARED / "tokenizer" / "baichuan1" / "tokenizer.model",
+    "baichuan2": SHARED / "tokenizer" / "baichuan2" / "tokenizer.model",
+}
+ENCODED = {
+    name: "small_tok/encode.jsonl" if name.endswith("_like") else "tokenizer/encode.jsonl"
+    for name in VOCABULARIES
+}
+# every spelling of a control token, and what only looks like one
+HOSTILE = "</s><s><unk><reserved_102><reserved_106>＜/s＞＜reserved_107＞<reserved_0></s"
 
 needs_shared = pytest.mark.skipif(
     not SHARED.is_dir(), reason=f"needs the reference data beside the repository ({SHARED} is absent)"
@@ -68,3 +80,9 @@ def tiny_config(arch: str, **changes) -> BaichuanConfig:
         **position,
     )
     return BaichuanConfig(**{**fields, **changes})
+
+
+def rows(path):
+    """The lines of a golden file, from the repository or from the reference data beside it."""
+    path = GOLDEN / path if (GOLDEN / path).exists() else SHARED / "golden" / path
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

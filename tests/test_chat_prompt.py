@@ -6,8 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from fixtures import SMALL_VOCABULARY, tiny_config
-from test_tokenizer import VOCABULARIES, rows
+from fixtures import SMALL_VOCABULARY, VOCABULARIES, rows, tiny_config
 from transformers import GenerationConfig
 
 from baichuan_sft.model.chat_baichuan import ChatMixin, build_chat_input, build_chat_input_v1

@@ -90,7 +90,9 @@ def test_left_padding(name, attn):
     for key, position_ids in cases.items():
         if key in gold.cases:
             with torch.no_grad():
-                logits = model(gold["leftpad/input_ids"], attention_mask=mask, position_ids=position_ids).logits
+                logits = model(
+                    gold["leftpad/input_ids"], attention_mask=mask, position_ids=position_ids
+                ).logits
             assert gap(logits[mask == 1], gold[key][mask == 1]) < LOGITS, key
             compared += 1
     assert compared
@@ -137,8 +139,12 @@ def test_greedy_ids(name, attn, use_cache):
     assert torch.equal(model.generate(one, eos_token_id=None, **settings), gold["greedy1/output_ids"])
     penalised = model.generate(one, eos_token_id=None, repetition_penalty=1.1, **settings)
     assert torch.equal(penalised, gold["greedy1/output_ids_reppen1.1"])
-    batch = dict(input_ids=gold["greedy3_leftpad/input_ids"], attention_mask=gold["greedy3_leftpad/attention_mask"])
-    assert torch.equal(model.generate(**batch, eos_token_id=None, **settings), gold["greedy3_leftpad/output_ids"])
+    batch = dict(
+        input_ids=gold["greedy3_leftpad/input_ids"], attention_mask=gold["greedy3_leftpad/attention_mask"]
+    )
+    assert torch.equal(
+        model.generate(**batch, eos_token_id=None, **settings), gold["greedy3_leftpad/output_ids"]
+    )
     stopped = model.generate(**batch, eos_token_id=gold.info["greedy3_eos_token_id"], **settings)
     expected = gold["greedy3_leftpad/output_ids_with_eos"]
     assert torch.equal(stopped, expected[:, : stopped.shape[1]])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterable, Iterator
 from itertools import groupby, islice
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from baichuan_sft.arguments import Parser, at_least_1
 from baichuan_sft.data.formats import escaped, parse
 from baichuan_sft.data.reader import Record, read_records
 from baichuan_sft.data.template import IGNORE, TRAIN_ON, Rendered, render
@@ -17,8 +17,7 @@ from baichuan_sft.errors import UserError
 
 TRAINED, SEEN, MARKER = "bold green", "dim", "dim reverse"
 OPEN, CLOSE = "⟦", "⟧"
-EXAMPLE = """example:
-  baichuan-sft preview data/belle_chat.json --model_name_or_path ~/models/Baichuan2-7B-Base --num 2"""
+EXAMPLE = "baichuan-sft preview data/belle_chat.json --model_name_or_path ~/models/Baichuan2-7B-Base --num 2"
 
 Piece = tuple[str, str]  # (what is printed, its style)
 
@@ -33,7 +32,7 @@ def preview(argv: list[str] | None = None) -> int:
     Returns:
         The exit code, 0.
     Raises:
-        UserError: no tokenizer, a file that cannot be read, or a wrong record among those shown.
+        UserError: wrong options, no tokenizer, an unreadable file, or a wrong record among those shown.
     """
     from baichuan_sft.checkpoint import load_tokenizer
 
@@ -54,13 +53,11 @@ def preview(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="baichuan-sft preview",
         description="Show which tokens of a data file are trained.",
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        example=EXAMPLE,
     )
     parser.add_argument("file", metavar="FILE", help="JSON array or JSON Lines")
     parser.add_argument(
@@ -70,17 +67,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="directory of the model or its tokenizer.model",
     )
-    parser.add_argument("--num", type=_positive, default=3, metavar="N", help="conversations shown (3)")
-    parser.add_argument("--max_length", type=_positive, default=512, metavar="T", help="cut, in tokens (512)")
+    parser.add_argument("--num", type=at_least_1, default=3, metavar="N", help="conversations shown (3)")
+    parser.add_argument(
+        "--max_length", type=at_least_1, default=512, metavar="T", help="cut, in tokens (512)"
+    )
     parser.add_argument("--train_on", choices=list(TRAIN_ON), default="all", help="turns learnt (all)")
     return parser
-
-
-def _positive(text: str) -> int:
-    number = int(text) if text.isdecimal() else 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return number
 
 
 def _render(record: Record, tokenizer: Any, train_on: str) -> Rendered:

@@ -19,63 +19,11 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
+from .chat_template_baichuan import ASSISTANT_TOKEN_ID, EOS_TOKEN_ID, USER_TOKEN_ID, read_messages
+
 logger = logging.get_logger(__name__)
 
-# The roles stand at the same ids in both vocabularies under different names (<reserved_102> in
-# Baichuan-1, <reserved_106> in Baichuan2), so they are known by number.
-EOS_TOKEN_ID, USER_TOKEN_ID, ASSISTANT_TOKEN_ID = 2, 195, 196
 DEFAULT_MAX_NEW_TOKENS = 2048
-ROLES = {
-    "system": "system",
-    "user": "user",
-    "human": "user",
-    "Human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-}
-
-# USER, BOT and PREFIX are replaced by what the vocabulary has for them.
-CHAT_TEMPLATE = """\
-{%- set markers = {'user': 'USER', 'human': 'USER', 'Human': 'USER', 'assistant': 'BOT', 'gpt': 'BOT'} -%}
-{%- for message in messages -%}
-  {%- if message['role'] == 'system' -%}
-    {%- if not loop.first -%}{{- raise_exception('a system message can only be the first') -}}{%- endif -%}
-    {{- message['content'] -}}
-  {%- elif message['role'] in markers -%}
-    {{- markers[message['role']] -}}
-    {%- if message['content'] -%}{{- 'PREFIX' + message['content'] -}}{%- endif -%}
-  {%- else -%}
-    {{- raise_exception('unknown role ' + message['role'] + '; known: system, user, assistant') -}}
-  {%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt and markers[messages[-1]['role']] != 'BOT' -%}{{- 'BOT' -}}{%- endif -%}
-"""
-
-Turn = tuple[str, str]  # (role, text)
-
-
-def read_messages(messages: Sequence[dict[str, Any]]) -> list[Turn]:
-    """Chat messages as (role, text), role being "system", "user" or "assistant".
-
-    Args:
-        messages: ``{"role": ..., "content": ...}`` each; the aliases of ``ROLES`` are accepted.
-    Raises:
-        ValueError: no message, unknown role, a system message that is not the first, content
-            that is not text.
-    """
-    if not messages:
-        raise ValueError("the conversation has no messages, at least one is needed")
-    turns = []
-    for i, message in enumerate(messages):
-        role, text = message.get("role"), message.get("content")
-        if role not in ROLES:
-            raise ValueError(f"message {i}: unknown role {role!r}. Known: {', '.join(ROLES)}.")
-        if ROLES[role] == "system" and i > 0:
-            raise ValueError(f"message {i}: a system message can only be the first message")
-        if not isinstance(text, str):
-            raise ValueError(f"message {i}: content must be a string, got {type(text).__name__}")
-        turns.append((ROLES[role], text))
-    return turns
 
 
 def build_chat_input(

@@ -32,7 +32,7 @@ def infer_position_embedding(max_position_embeddings, model_max_length):
         return "alibi"
     raise ValueError(
         "this config fits no Baichuan model: it has neither max_position_embeddings (7B, RoPE) nor "
-        "model_max_length (13B, ALiBi); add one of them, or position_embedding: rope | alibi"
+        "model_max_length (13B, ALiBi); add the one it was trained with"
     )
 
 
@@ -50,6 +50,28 @@ def infer_lm_head(vocab_size, z_loss_weight):
         f"this config fits no Baichuan model: vocab_size is {vocab_size}, Baichuan has {VOCAB_SIZE_V1} and "
         f"Baichuan2 {VOCAB_SIZE_V2}; if it is right, add lm_head: plain | norm (NormHead)"
     )
+
+
+def check_foreign_settings(settings, num_attention_heads):
+    """Refuse what other families' configs can say and this code would not do, such as scaled RoPE.
+
+    Raises:
+        ValueError: a setting that is not the Baichuan family's.
+    """
+    for name, ours in (
+        ("rope_theta", 10000.0),
+        ("rope_scaling", None),
+        ("rope_parameters", None),
+        ("num_key_value_heads", num_attention_heads),
+        ("attention_bias", False),
+        ("attention_dropout", 0.0),
+        ("sliding_window", None),
+    ):
+        value = settings.get(name)
+        if value is not None and value != ours:
+            raise ValueError(
+                f"config {name} is {value!r}; a Baichuan model has {ours!r} and no other is supported"
+            )
 
 
 class BaichuanConfig(PreTrainedConfig):
@@ -96,6 +118,16 @@ class BaichuanConfig(PreTrainedConfig):
     ):
         if vocab_size is None:
             raise ValueError("this config fits no Baichuan model: it has no vocab_size")
+        for name, value in dict(
+            vocab_size=vocab_size,
+            hidden_size=hidden_size,
+            intermediate_size=intermediate_size,
+            num_hidden_layers=num_hidden_layers,
+            num_attention_heads=num_attention_heads,
+        ).items():
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"config {name} is {value!r}; it must be a positive integer")
+        check_foreign_settings(kwargs, num_attention_heads)
         # The vendor's 13B class stored (False,) here, which is truthy: it always checkpointed.
         kwargs.pop("gradient_checkpointing", None)
         self.vocab_size = vocab_size
@@ -104,9 +136,8 @@ class BaichuanConfig(PreTrainedConfig):
         self.num_hidden_layers = num_hidden_layers
         self.num_attention_heads = num_attention_heads
         self.hidden_act = hidden_act
-        self.position_embedding = position_embedding or infer_position_embedding(
-            max_position_embeddings, model_max_length
-        )
+        inferred = infer_position_embedding(max_position_embeddings, model_max_length)
+        self.position_embedding = position_embedding or inferred
         self.lm_head = lm_head or infer_lm_head(vocab_size, z_loss_weight)
         # Absent stays absent: the vendor's own code reads the presence of these two keys.
         if max_position_embeddings is not None:
@@ -122,7 +153,7 @@ class BaichuanConfig(PreTrainedConfig):
         self.eos_token_id = eos_token_id
         self.tie_word_embeddings = tie_word_embeddings
         self._check()
-        super().__init__(
+        super().__init__(  # type: ignore[call-arg]
             pad_token_id=pad_token_id,
             bos_token_id=bos_token_id,
             eos_token_id=eos_token_id,
@@ -147,14 +178,17 @@ class BaichuanConfig(PreTrainedConfig):
             ("tie_word_embeddings", self.tie_word_embeddings, (False,)),
         ):
             if value not in known:
-                raise ValueError(f"config {name} is {value!r}; a Baichuan model has {' or '.join(map(repr, known))}")
-        for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"config {name} is {value!r}; it must be a positive integer")
+                raise ValueError(
+                    f"config {name} is {value!r}; a Baichuan model has {' or '.join(map(repr, known))}"
+                )
+        if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
+            raise ValueError(
+                f"config pad_token_id is {self.pad_token_id}; it must be below vocab_size {self.vocab_size}"
+            )
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
-                f"config hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
+                f"config hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
+                f"{self.num_attention_heads}"
             )
 
 

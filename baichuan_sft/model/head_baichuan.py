@@ -81,36 +81,42 @@ def causal_lm_loss(hidden, weight, labels, *, normalize, num_items_in_batch=None
     if not z_loss_weight or num_items_in_batch is not None:
         rows = is_target.nonzero().squeeze(1)
         hidden, targets = hidden[rows], targets[rows]
-    z_scale = z_loss_weight / z_divisor if z_loss_weight else None
+    z_scale = z_loss_weight * ce_divisor / z_divisor if z_loss_weight else None
     needs_grad = torch.is_grad_enabled()
-    return _ChunkedLoss.apply(hidden, weight, targets, normalize, 1.0 / ce_divisor, z_scale, needs_grad)
+    return _ChunkedLossSum.apply(hidden, weight, targets, normalize, z_scale, needs_grad) / ce_divisor
 
 
-def _chunk_loss_and_grad(logits, targets, ce_scale, z_scale):
-    """Loss of one chunk; ``logits`` (C, V) is overwritten by d loss / d logits."""
+def _chunk_loss_and_grad(logits, targets, z_scale):
+    """Loss sum of one chunk; ``logits`` (C, V) is overwritten by d loss / d logits.
+
+    Raises:
+        IndexError or RuntimeError: a target that is no token id.
+    """
     is_target = (targets != IGNORE).unsqueeze(1)
-    columns = targets.clamp_min(0).unsqueeze(1)
+    columns = targets.unsqueeze(1).masked_fill(~is_target, 0)
     log_normalizer = torch.logsumexp(logits, dim=1, keepdim=True)
-    nll = (log_normalizer - logits.gather(1, columns)) * is_target
-    loss = nll.sum() * ce_scale
-    top, top_column = logits.max(dim=1, keepdim=True) if z_scale is not None else (None, None)
-    grad = logits.sub_(log_normalizer).exp_().mul_(is_target * ce_scale)
-    grad.scatter_add_(1, columns, -(is_target * ce_scale).to(grad.dtype).expand_as(columns))
-    if z_scale is not None:
-        loss = loss + top.square().sum() * z_scale
-        grad.scatter_add_(1, top_column, 2 * z_scale * top)
+    loss = ((log_normalizer - logits.gather(1, columns)) * is_target).sum()
+    top = logits.max(dim=1, keepdim=True) if z_scale is not None else None
+    grad = logits.sub_(log_normalizer).exp_().mul_(is_target)
+    grad.scatter_add_(1, columns, -is_target.to(grad.dtype))
+    if top is not None:
+        loss = loss + top.values.square().sum() * z_scale
+        grad.scatter_add_(1, top.indices, 2 * z_scale * top.values)
     return loss, grad
 
 
-class _ChunkedLoss(torch.autograd.Function):
-    """Loss and both gradients in one pass over chunks of rows: the logits are made once, never kept.
+class _ChunkedLossSum(torch.autograd.Function):
+    """Summed loss and both gradients in one pass over chunks of rows: logits are made once, never kept.
+
+    The sum, not the mean: divided by thousands of targets the gradient of a logit is below what fp16
+    can hold, and the loss scale that would lift it is known only in backward.
 
     For NormHead, with G the gradient with respect to the normalised rows w/||w||,
     ``dW = (G - w_hat (w_hat . G)) / ||w||``: done once at the end, in fp32.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, normalize, ce_scale, z_scale, needs_grad):
+    def forward(ctx, hidden, weight, targets, normalize, z_scale, needs_grad):
         need_hidden = needs_grad and ctx.needs_input_grad[0]
         need_weight = needs_grad and ctx.needs_input_grad[1]
         inverse_norms = inverse_row_norms(weight) if normalize else None
@@ -122,37 +128,39 @@ class _ChunkedLoss(torch.autograd.Function):
         for start in range(0, hidden.shape[0], size):
             chunk = hidden[start : start + size]
             logits = F.linear(chunk, weight).float()  # (C, V)
-            if normalize:
+            if inverse_norms is not None:
                 logits *= inverse_norms
-            part, grad = _chunk_loss_and_grad(logits, targets[start : start + size], ce_scale, z_scale)
+            part, grad = _chunk_loss_and_grad(logits, targets[start : start + size], z_scale)
             loss += part
-            if need_weight:
+            if d_weight is not None:
                 d_weight += grad.to(weight.dtype).T @ chunk
-            if need_hidden:
-                grad = grad.mul_(inverse_norms) if normalize else grad
+            if d_hidden is not None:
+                grad = grad if inverse_norms is None else grad.mul_(inverse_norms)
                 d_hidden[start : start + size] = grad.to(weight.dtype) @ weight
-        if need_weight and normalize:
-            d_weight = _through_normalization(d_weight, weight, inverse_norms)
-        ctx.save_for_backward(d_hidden, d_weight.to(weight.dtype) if need_weight else None)
+        if d_weight is not None and inverse_norms is not None:
+            _through_normalization(d_weight, weight, inverse_norms)
+        ctx.save_for_backward(d_hidden, d_weight)
+        ctx.weight_dtype = weight.dtype
         return loss
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss):
         d_hidden, d_weight = ctx.saved_tensors
-        return (
-            None if d_hidden is None else d_hidden * grad_loss.to(d_hidden.dtype),
-            None if d_weight is None else d_weight * grad_loss.to(d_weight.dtype),
-            *[None] * 5,
-        )
+        if d_hidden is not None:
+            d_hidden = (d_hidden.float() * grad_loss).to(d_hidden.dtype)
+        if d_weight is not None:
+            out = torch.empty_like(d_weight, dtype=ctx.weight_dtype)
+            d_weight = torch.mul(d_weight, grad_loss, out=out)
+        return d_hidden, d_weight, None, None, None, None
 
 
 def _through_normalization(grad, weight, inverse_norms):
-    """Gradient of the raw rows from ``grad`` (V, D), that of the normalised rows; ``grad`` is reused."""
-    for rows in torch.arange(weight.shape[0], device=weight.device).split(8192):
+    """Turn ``grad`` (V, D), the gradient of the normalised rows, into that of the raw rows, in place."""
+    for start in range(0, weight.shape[0], 8192):
+        rows = slice(start, start + 8192)
         scale = inverse_norms[rows].unsqueeze(1)
         unit = weight[rows].float() * scale
         # A row shorter than eps is divided by the constant eps: no projection there.
         along = (unit * grad[rows]).sum(dim=1, keepdim=True) * (scale < 1 / NORM_EPS)
         grad[rows] = (grad[rows] - unit * along) * scale
-    return grad

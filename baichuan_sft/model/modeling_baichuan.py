@@ -3,11 +3,9 @@
 B rows, T query tokens, S key tokens (T plus what the cache holds), N heads, H head width, D model width,
 V vocabulary. Parameter names are the vendor's, so its checkpoints load unconverted.
 
-Nothing derived is stored: RoPE angles and ALiBi slopes are computed where they are used, so there is no
-buffer that a meta-device load could leave uninitialised.
+Nothing derived is stored: RoPE angles and ALiBi slopes are computed where they are used
+(attention_baichuan.py), so there is no buffer that a meta-device load could leave uninitialised.
 """
-
-import math
 
 import torch
 from torch import nn
@@ -19,6 +17,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import can_return_tuple
 
+from .attention_baichuan import apply_rope, attention_bias, eager_attention, rope_angles
 from .chat_baichuan import ChatMixin
 from .configuration_baichuan import BaichuanConfig
 from .head_baichuan import BaichuanHead
@@ -36,138 +35,6 @@ class BaichuanRMSNorm(nn.Module):
         wide = hidden.float()
         normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return self.weight * normed.to(self.weight.dtype)
-
-
-# --- positions ------------------------------------------------------------------------------------
-
-
-def rope_angles(position_ids, head_dim):
-    """cos and sin, fp32 ``(B, 1, T, H)``; angle k of position p is ``p * 10000 ** (-2k / H)``.
-
-    fp32: bf16 rounds 257 to 256, so positions past 256 would collide.
-    """
-    exponents = torch.arange(0, head_dim, 2, device=position_ids.device, dtype=torch.float32) / head_dim
-    angles = position_ids[:, None, :, None].float() * 10000.0**-exponents  # (B, 1, T, H/2)
-    angles = torch.cat((angles, angles), dim=-1)
-    return angles.cos(), angles.sin()
-
-
-def apply_rope(x, cos, sin):
-    """Rotate ``x`` (B, N, T, H) in fp32; dimension k pairs with k + H/2, as in Llama."""
-    first, second = x.float().chunk(2, dim=-1)
-    rotated = torch.cat((-second, first), dim=-1)
-    return (x.float() * cos + rotated * sin).to(x.dtype)
-
-
-def alibi_slopes(num_heads, device=None):
-    """Per-head ALiBi slope, fp32 ``(N,)`` in (0, 1); attention adds ``-slope * (i - j)`` to logit (i, j).
-
-    Heads beyond the last power of two (40 = 32 + 8 in the 13B models) take every other slope of the
-    next power of two.
-
-    Source: Press et al. 2022 (arXiv:2108.12409) sec. 3.
-    """
-
-    def geometric(count):
-        return [2.0 ** (-8.0 * (head + 1) / count) for head in range(count)]
-
-    base = 2 ** math.floor(math.log2(num_heads))
-    slopes = geometric(base) + geometric(2 * base)[0::2][: num_heads - base]
-    return torch.tensor(slopes, dtype=torch.float32, device=device)
-
-
-# --- what may be seen -----------------------------------------------------------------------------
-
-
-def segments_from_positions(position_ids):
-    """Segment number of each token, from 1; a segment starts where the position does not increase.
-
-        position_ids  0 1 2 0 1 0 0 1 2 3
-        segments      1 1 1 2 2 3 4 4 4 4
-    """
-    starts = position_ids[:, 1:] <= position_ids[:, :-1]
-    return nn.functional.pad(starts.long().cumsum(dim=1), (1, 0)) + 1
-
-
-def visibility(attention_mask, segments, query_index, num_keys):
-    """Which keys each query may see.
-
-    Args:
-        attention_mask: None, or ``(B, S)``: 0 is padding, and tokens see only tokens of the same
-            number (1 everywhere is the usual mask; 1 1 2 2 2 is two packed segments), or
-            ``(B, T, S)`` 0/1 used as it is, or ``(B, 1 or N, T, S)`` boolean or additive.
-        segments: None, or ``(B, T)`` without a cache; combined with the mask.
-        query_index: ``(T,)`` place of each query among the S keys.
-    Returns:
-        boolean, broadcastable to ``(B, N, T, S)``.
-    Raises:
-        ValueError: a mask of another shape.
-    """
-    keys = torch.arange(num_keys, device=query_index.device)
-    visible = (keys <= query_index[:, None])[None, None]  # (1, 1, T, S)
-    if segments is not None:
-        visible = visible & (segments[:, None, :, None] == segments[:, None, None, :])
-    if attention_mask is None:
-        return visible
-    if attention_mask.dim() == 4:
-        allowed = attention_mask if attention_mask.dtype == torch.bool else attention_mask >= 0
-        return visible & allowed[..., :num_keys]
-    if attention_mask.dim() == 3:
-        return visible & (attention_mask[:, None] > 0)
-    if attention_mask.dim() != 2 or attention_mask.shape[1] < int(query_index[-1]) + 1:
-        raise ValueError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}; expected (batch, {num_keys}) with one entry "
-            "per token including the cached ones, or (batch, queries, keys)"
-        )
-    # A static cache is longer than what it holds; what lies beyond is not there yet.
-    of_key = nn.functional.pad(attention_mask, (0, max(0, num_keys - attention_mask.shape[1])))[:, :num_keys]
-    of_query = of_key[:, query_index]
-    same = of_query[:, :, None] == of_key[:, None, :]
-    return visible & (same & (of_key > 0)[:, None, :])[:, None]
-
-
-def attention_bias(config, hidden, attention_mask, position_ids, query_index, num_keys):
-    """The additive mask of one forward pass, shared by all layers, or None where plain causal is right.
-
-    ALiBi enters as fp32 ``slope * (j - i)``; the vendor's ``slope * j`` in bf16 loses the order of
-    neighbours past a few hundred tokens. What may not be seen gets the dtype's lowest number, not
-    -inf: a padding row that sees nothing then averages instead of giving NaN.
-
-    Returns:
-        ``(B or 1, N or 1, T, S)`` in fp32 for eager attention, else in ``hidden``'s dtype; or None.
-    """
-    num_queries = hidden.shape[1]
-    segments = None
-    if position_ids is not None and num_queries == num_keys:
-        segments = segments_from_positions(position_ids)
-        segments = segments if bool((segments > 1).any()) else None
-    if attention_mask is not None and attention_mask.dim() == 2 and bool((attention_mask == 1).all()):
-        attention_mask = None
-    alibi = config.position_embedding == "alibi"
-    starts_empty = num_queries == num_keys  # with a cache, only one query sees everything
-    if not alibi and attention_mask is None and segments is None and (starts_empty or num_queries == 1):
-        return None
-    visible = visibility(attention_mask, segments, query_index, num_keys)
-    dtype = torch.float32 if config._attn_implementation == "eager" else hidden.dtype
-    bias = torch.zeros((), dtype=torch.float32, device=hidden.device)
-    if alibi:
-        distance = torch.arange(num_keys, device=hidden.device) - query_index[:, None]  # (T, S), j - i
-        bias = alibi_slopes(config.num_attention_heads, hidden.device)[:, None, None] * distance  # (N, T, S)
-    return torch.where(visible, bias, torch.finfo(dtype).min).to(dtype)
-
-
-def eager_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
-    """Attention written out: scores and softmax in fp32. Returns ``(B, T, N, H)`` and the weights."""
-    scores = torch.matmul(query, key.transpose(2, 3)).float() * scaling
-    if attention_mask is None:
-        causal = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-        attention_mask = torch.where(causal | (scores.shape[-2] == 1), 0.0, torch.finfo(torch.float32).min)
-    weights = (scores + attention_mask).softmax(dim=-1).to(query.dtype)
-    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
-    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
-
-
-# --- layers ---------------------------------------------------------------------------------------
 
 
 class BaichuanAttention(nn.Module):
@@ -270,8 +137,11 @@ class BaichuanModel(BaichuanPreTrainedModel):
             position_ids: ``(B, T)``; RoPE reads them, and where they do not increase a new packed
                 segment starts, on ALiBi models too. None counts on from the cache.
         Raises:
-            ValueError: both or neither of ``input_ids`` and ``inputs_embeds``.
+            ValueError: both or neither of ``input_ids`` and ``inputs_embeds``; a mask of another shape.
+            TypeError: an argument that a Baichuan model does not have.
         """
+        if unknown := kwargs.keys() - {"cache_position"}:  # older versions' generate() passes that one
+            raise TypeError(f"a Baichuan model's forward has no argument {', '.join(sorted(unknown))}")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
         config = self.config
@@ -280,31 +150,40 @@ class BaichuanModel(BaichuanPreTrainedModel):
         use_cache = config.use_cache if use_cache is None else use_cache
         if self.gradient_checkpointing and self.training:
             use_cache = False  # a cache would be filled a second time when the layer is recomputed
+            if past_key_values is not None:
+                raise ValueError(
+                    "past_key_values cannot be used with gradient checkpointing; turn one of them off"
+                )
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=config)
         num_past = past_key_values.get_seq_length() if past_key_values is not None else 0
         query_index = torch.arange(num_tokens, device=hidden.device) + num_past  # (T,)
         capacity = max_cache_length(past_key_values)
         num_keys = num_past + num_tokens if capacity is None else capacity
-        bias = attention_bias(config, hidden, attention_mask, position_ids, query_index, num_keys)
+        output_attentions = config.output_attentions if output_attentions is None else output_attentions
+        keep_hidden = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        # Only eager attention has weights to return, and it adds the bias to fp32 scores.
+        eager = output_attentions or config._attn_implementation == "eager"
+        dtype = torch.float32 if eager else hidden.dtype
+        bias = attention_bias(config, hidden, attention_mask, position_ids, query_index, num_keys, dtype)
         rope = None
         if config.position_embedding == "rope":
             rope = rope_angles(query_index[None] if position_ids is None else position_ids, config.head_dim)
 
-        output_attentions = config.output_attentions if output_attentions is None else output_attentions
         all_hidden, all_weights = [], []
         for layer in self.layers:
-            all_hidden.append(hidden)
+            if keep_hidden:
+                all_hidden.append(hidden)
             hidden, weights = layer(
                 hidden,
                 attention_mask=bias,
                 rope=rope,
-                past_key_values=past_key_values if use_cache else None,
+                past_key_values=past_key_values,
                 output_attentions=output_attentions,
             )
-            all_weights.append(weights)
+            if output_attentions:
+                all_weights.append(weights)
         hidden = self.norm(hidden)
-        keep_hidden = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         return BaseModelOutputWithPast(
             last_hidden_state=hidden,
             past_key_values=past_key_values if use_cache else None,
@@ -329,7 +208,8 @@ class BaichuanForCausalLM(BaichuanPreTrainedModel, ChatMixin, GenerationMixin):
 
     def set_output_embeddings(self, new_embeddings):
         """Take another weight, as ``resize_token_embeddings`` hands it over; the kind of head stays."""
-        head = BaichuanHead(*reversed(new_embeddings.weight.shape), self.lm_head.normalize, device="meta")
+        shape = new_embeddings.in_features, new_embeddings.out_features  # ZeRO-3's weight has none
+        head = BaichuanHead(*shape, normalize=self.lm_head.normalize, device="meta")
         head.weight = new_embeddings.weight
         self.lm_head = head
 

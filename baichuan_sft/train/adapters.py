@@ -25,16 +25,22 @@ def lora_targets(spec: str, model: nn.Module) -> list[str]:
     Raises:
         UserError: a name that the model does not have, even where another of them matches; or the head.
     """
-    modules = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    modules = {
+        name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)
+    }
     known = [name for name in LINEARS if name in modules]
     names = known if spec == "all-linear" else [name.strip() for name in spec.split(",")]
     for name in names:
         if name == "lm_head":
-            raise UserError("--lora_target lm_head: the head computes the loss itself, an adapter would bypass it. "
-                            f"Targets: {', '.join(known)}, or all-linear.")
+            raise UserError(
+                "--lora_target lm_head: the head computes the loss itself, an adapter would bypass it. "
+                f"Targets: {', '.join(known)}, or all-linear."
+            )
         if name not in known:
-            raise UserError(f"--lora_target {name}: no such module{suggest(name, known) or '.'} "
-                            f"Targets: {', '.join(known)}, or all-linear.")
+            raise UserError(
+                f"--lora_target {name}: no such module{suggest(name, known) or '.'} "
+                f"Targets: {', '.join(known)}, or all-linear."
+            )
     return names
 
 
@@ -71,7 +77,9 @@ def freeze(model: nn.Module, patterns: str) -> None:
     """
     parameters = dict(model.named_parameters())
     for pattern in patterns.split(","):
-        matched = [name for name in parameters if fnmatch.fnmatch(name, pattern) or name.startswith(pattern + ".")]
+        matched = [
+            name for name in parameters if fnmatch.fnmatch(name, pattern) or name.startswith(pattern + ".")
+        ]
         if not matched:
             raise UserError(f"--freeze {pattern}: no parameter of that name, e.g. {next(iter(parameters))}.")
         for name in matched:

@@ -15,12 +15,23 @@ from transformers import TrainerCallback
 
 from baichuan_sft import __version__
 
-PACKAGES = ("torch", "transformers", "deepspeed", "peft", "accelerate", "datasets", "sentencepiece", "safetensors")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "deepspeed",
+    "peft",
+    "accelerate",
+    "datasets",
+    "sentencepiece",
+    "safetensors",
+)
 
 
 def sha256(path: str | Path) -> str:
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if sys.version_info >= (3, 11) else _sha256(file)
+        return (
+            hashlib.file_digest(file, "sha256").hexdigest() if sys.version_info >= (3, 11) else _sha256(file)
+        )
 
 
 def _sha256(file: Any) -> str:
@@ -90,7 +101,9 @@ def plot_loss(history: list[dict[str, float]], path: str | Path) -> None:
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     norms = axes.twinx()
-    norms.plot(steps, [row.get("grad_norm", float("nan")) for row in rows], color="tab:orange", alpha=0.5, lw=1)
+    norms.plot(
+        steps, [row.get("grad_norm", float("nan")) for row in rows], color="tab:orange", alpha=0.5, lw=1
+    )
     norms.set_ylabel("gradient norm", color="tab:orange")
     norms.set_ylim(bottom=0)
     figure.savefig(path, dpi=120)

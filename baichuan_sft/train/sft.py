@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from baichuan_sft.errors import UserError
-from baichuan_sft.train import args as flags
-from baichuan_sft.train.args import Settings
+from baichuan_sft.train.args import Settings, SftTrainingArguments
+from baichuan_sft.train.parse import parse
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         exit code 0; everything else is raised.
     """
-    settings = flags.parse(sys.argv[1:] if argv is None else argv)
+    settings = parse(sys.argv[1:] if argv is None else argv)
     with processes(settings):
         train(settings)
     return 0
@@ -40,6 +40,7 @@ def train(settings: Settings) -> None:
     from baichuan_sft.train.record import plot_loss
     from baichuan_sft.train.trainer import ItemCollator, SftTrainer
 
+    quieten_bars()
     args = training_arguments(settings)
     for notice in settings.notices:
         say(notice)
@@ -78,6 +79,14 @@ def say(message: str) -> None:
         print(message, flush=True)
 
 
+def quieten_bars() -> None:
+    """transformers' bars for loading and writing, only where somebody can see them move."""
+    from transformers.utils import logging
+
+    if not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0":
+        logging.disable_progress_bar()
+
+
 # --- processes --------------------------------------------------------------------------------------
 
 
@@ -88,11 +97,12 @@ def processes(settings: Settings) -> Iterator[None]:
     It must exist before TrainingArguments: ZeRO-3 would partition for one process, and the time limit
     of the group would not be ours.
     """
-    if not settings.training["deepspeed"]:
+    import torch.distributed
+
+    if not settings.training["deepspeed"] or torch.distributed.is_initialized():
         yield
         return
     import deepspeed
-    import torch.distributed
 
     on_cpu = settings.training["use_cpu"]
     if on_cpu:
@@ -137,7 +147,7 @@ def zero_stage(path: str | None) -> int:
     return config.get("zero_optimization", {}).get("stage", 0)
 
 
-def training_arguments(settings: Settings) -> flags.SftTrainingArguments:
+def training_arguments(settings: Settings) -> SftTrainingArguments:
     """transformers' arguments; what they refuse becomes one line.
 
     Raises:
@@ -146,7 +156,7 @@ def training_arguments(settings: Settings) -> flags.SftTrainingArguments:
     values = dict(settings.training, remove_unused_columns=False, disable_tqdm=False)
     _choose_checkpointing(values)
     try:
-        return flags.SftTrainingArguments(**values)
+        return SftTrainingArguments(**values)
     except ValueError as error:
         raise UserError(" ".join(str(error).split())) from None
 
@@ -173,14 +183,15 @@ def build_model(settings: Settings, args: Any, tokenizer: Any) -> Any:
     model = load_base(settings, args)
     if model.config.vocab_size < len(tokenizer):
         raise UserError(
-            f"{settings.model.model_name_or_path}: the embedding has {model.config.vocab_size} rows, the tokenizer "
-            f"{len(tokenizer)} pieces: weights of one Baichuan generation with the tokenizer of the other."
+            f"{settings.model.model_name_or_path}: the embedding has {model.config.vocab_size} rows, the "
+            f"tokenizer {len(tokenizer)} pieces: is it the other Baichuan generation's tokenizer?"
         )
     prepare_generation(model)
     if settings.lora.use_lora:
         model = add_lora(model, settings.lora)
         if getattr(args, "activation_checkpointing", args.gradient_checkpointing):
-            model.enable_input_require_grads()  # else the recomputed layers see no input that needs a gradient
+            # else the recomputed layers see no input that needs a gradient
+            model.enable_input_require_grads()
     elif settings.model.freeze:
         freeze(model, settings.model.freeze)
     trained, total = count_parameters(model)
@@ -189,7 +200,7 @@ def build_model(settings: Settings, args: Any, tokenizer: Any) -> Any:
 
 
 def load_base(settings: Settings, args: Any) -> Any:
-    """Weights in the dtype the run computes in: mixed precision without DeepSpeed keeps fp32 masters itself."""
+    """The base model, in fp32 where mixed precision runs without DeepSpeed, which keeps no master weights."""
     import torch
 
     from baichuan_sft.checkpoint import load_model
@@ -212,7 +223,9 @@ def prepare_generation(model: Any) -> None:
         config.update(
             max_new_tokens=2048, do_sample=True, temperature=0.3, top_k=5, top_p=0.85, repetition_penalty=1.05
         )
-    config.update(pad_token_id=0, bos_token_id=1, eos_token_id=[2, 195], user_token_id=195, assistant_token_id=196)
+    config.update(
+        pad_token_id=0, bos_token_id=1, eos_token_id=[2, 195], user_token_id=195, assistant_token_id=196
+    )
 
 
 # --- record -----------------------------------------------------------------------------------------
@@ -243,4 +256,7 @@ def report_change(change: dict[str, float]) -> None:
     for name, size in change.items():
         say(f"relative change of {name}: {size:.2e}")
         if size < NO_CHANGE:
-            say(f"warning: {name} has hardly changed ({size:.1e}); more steps, a higher --learning_rate or --lora_rank?")
+            say(
+                f"warning: {name} has hardly changed ({size:.1e}); "
+                "more steps, a higher --learning_rate or --lora_rank?"
+            )

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from transformers import Trainer
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
 from baichuan_sft.checkpoint import is_adapter, load_model, verify
 from baichuan_sft.data.packing import Collator
@@ -55,6 +55,7 @@ class SftTrainer(Trainer):
             self.remove_callback(callback)
         self.add_callback(ProgressBar() if sys.stderr.isatty() else LogLines())
         self.add_callback(record)
+        self.add_callback(Stage0Norm(self))
 
     # --- one step ---------------------------------------------------------------------------------
 
@@ -84,8 +85,9 @@ class SftTrainer(Trainer):
 
     def _stop(self, what: str) -> None:
         raise NumericalFault(
-            f"step {self.state.global_step + 1}, rank {self.args.process_index}: {what}; records (0-based, over all "
-            f"files) {', '.join(map(str, self.items_of_update))}. Nothing was saved after the last checkpoint. {CAUSES}"
+            f"step {self.state.global_step + 1}, rank {self.args.process_index}: {what}; records (0-based, "
+            f"over all files) {', '.join(map(str, self.items_of_update))}. "
+            f"Nothing was saved after the last checkpoint. {CAUSES}"
         )
 
     def log(self, logs, start_time=None):
@@ -146,6 +148,26 @@ class SftTrainer(Trainer):
                 f"{path}: the reloaded model's logits differ from the live ones by {gap:.2g}, more than "
                 f"{tolerance:.2g}; the saved weights are not the trained ones."
             )
+
+
+class Stage0Norm(TrainerCallback):
+    """At stage 0 in fp32 DeepSpeed clips by a gradient norm that it tells nobody: keep it where others do."""
+
+    def __init__(self, trainer: SftTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        engine = getattr(self.trainer, "deepspeed", None)
+        if engine is None:
+            return
+        clip = engine.clip_fp32_gradients
+
+        def keep_norm_and_clip():
+            grads = [p.grad for p in engine.module.parameters() if p.grad is not None]
+            engine._global_grad_norm = torch.nn.utils.get_total_norm(grads)
+            clip()
+
+        engine.clip_fp32_gradients = keep_norm_and_clip
 
 
 @contextlib.contextmanager

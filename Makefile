@@ -1,0 +1,38 @@
+# make demo    the main job in miniature: install, train a nano model, talk to it (about two minutes after installing)
+# make test    the whole test suite
+# make lint    ruff and mypy
+PYTHON ?= python3
+BIN := .venv/bin
+GPU := $(shell command -v nvidia-smi)
+# Named alone and first: a range would take a newer build, with gigabytes of CUDA packages on a machine without a GPU.
+TORCH := torch==2.13.0
+EXTRAS := dev$(if $(GPU),$(comma)gpu)
+comma := ,
+
+.PHONY: demo test test-fast lint bench clean
+
+demo: .venv/installed
+	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/demo.sh
+
+test: .venv/installed
+	$(BIN)/python -m pytest -q
+
+test-fast: .venv/installed
+	$(BIN)/python -m pytest -q -m "not slow"
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: .venv/installed
+	$(BIN)/python benchmarks/head_memory.py
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt $(TORCH) -e ".[$(EXTRAS)]"
+	touch $@
+
+clean:
+	rm -rf .venv out build *.egg-info

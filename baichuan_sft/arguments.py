@@ -1,0 +1,64 @@
+"""What the parsers of the small commands share: errors as ``UserError``, an example, checked numbers."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from baichuan_sft.errors import UserError, suggest
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse without abbreviations, with an example under ``--help``, raising what it refuses.
+
+    Args:
+        example: command lines, shown after the options.
+    """
+
+    def __init__(self, *, example: str, **options: Any):
+        super().__init__(
+            epilog=f"example:\n  {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+            **options,
+        )
+
+    def parse_args(self, args=None, namespace=None):  # type: ignore[override]
+        """
+        Raises:
+            UserError: an unknown flag or argument, a missing one, a value that breaks its rule.
+        """
+        namespace, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            known = [option for action in self._actions for option in action.option_strings]
+            word = unknown[0].split("=")[0]
+            kind = "flag" if word.startswith("-") else "argument"
+            raise UserError(f"unknown {kind} {word}{suggest(word, known) or ','} see --help.")
+        return namespace
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see --help.")
+
+
+def number(kind: type[int] | type[float], rule: str, holds: Callable[[float], bool]) -> Callable[[str], Any]:
+    """An argparse ``type``: a finite number that ``holds``.
+
+    Args:
+        rule: what ``holds`` says, after "is not" ("a whole number of at least 1").
+    """
+
+    def read(text: str) -> int | float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value) or not holds(value):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {rule}")
+        return value
+
+    return read
+
+
+at_least_1 = number(int, "a whole number of at least 1", lambda n: n >= 1)

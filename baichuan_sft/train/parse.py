@@ -1,0 +1,253 @@
+"""Flags and config files of `train` to Settings: each is honoured, mapped with a notice, or refused."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+from transformers import HfArgumentParser
+
+from baichuan_sft.errors import EnvironmentFault, UserError, suggest
+from baichuan_sft.train import args as tables
+from baichuan_sft.train.args import Settings
+
+ROOT = Path(__file__).parents[
+    2
+]  # the checkout: the vendor's commands name ds_config.json and data/ from there
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str):  # type: ignore[override]
+        raise UserError(f"{message}. See --help.")
+
+
+EXAMPLE = """example:
+  deepspeed --num_gpus 8 fine-tune/fine-tune.py --model_name_or_path Baichuan2-7B-Base \\
+      --data_path data/belle_chat.json --output_dir out --deepspeed ds_config.json --bf16 True --use_lora True
+
+--config FILE reads the same names from YAML or JSON; flags win over it. --help_all lists every flag."""
+
+
+def build_parser(show_all: bool = False) -> argparse.ArgumentParser:
+    """All flags; the help names the common ones unless ``show_all``."""
+    parser = _Parser(
+        tables.SECTIONS,
+        prog="baichuan-sft train",
+        description="Fine-tune a Baichuan model on conversations, all weights or LoRA.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML or JSON file with these flags as keys.")
+    parser.add_argument("--help_all", action="help", help="Show every flag and exit.")
+    ours = {f.name for section in tables.SECTIONS[:3] for f in dataclasses.fields(section)} | {
+        "config",
+        "help",
+        "help_all",
+    }
+    for action in parser._actions:
+        if not show_all and action.dest not in ours and action.dest not in tables.COMMON:
+            action.help = argparse.SUPPRESS
+        elif action.dest == "gradient_checkpointing":
+            action.help = "Recompute activations in the backward pass: less memory, about 30 %% more time."
+    return parser
+
+
+def parse(argv: list[str]) -> Settings:
+    """Flags, and a config file under them, to Settings.
+
+    Raises:
+        UserError: unknown or repeated flag, wrong type, value out of its range, missing file.
+        EnvironmentFault: a precision that this machine does not have.
+    """
+    notices: list[str] = []
+    parser = build_parser(show_all="--help_all" in argv)
+    known = {option for action in parser._actions for option in action.option_strings}
+    argv = _modernise(argv, notices)
+    _refuse_unknown_or_repeated(argv, known)
+    config = dict(zip(argv, argv[1:])).get("--config")
+    if config is not None:
+        lines = _modernise(_read_config(config, known), notices)
+        given = {word.split("=")[0] for word in argv if word.startswith("--")}
+        argv = [word for pair in zip(lines[::2], lines[1::2]) if pair[0] not in given for word in pair] + argv
+    values = vars(parser.parse_args(argv))
+    _check_limits(values)
+    _resolve_paths(values)
+    _fit_to_machine(values, notices)
+    _fill_defaults(values, notices)
+    sections = [{f.name: values[f.name] for f in dataclasses.fields(s) if f.init} for s in tables.SECTIONS]
+    return Settings(
+        tables.ModelArguments(**sections[0]),
+        tables.DataArguments(**sections[1]),
+        tables.LoraArguments(**sections[2]),
+        sections[3],
+        notices,
+    )
+
+
+def _modernise(argv: list[str], notices: list[str]) -> list[str]:
+    """Older flags under today's names; ``--x=y`` as two words."""
+    words: list[str] = []
+    for word in argv:
+        name, equals, value = word.partition("=")
+        words += [name, value] if word.startswith("--") and equals else [word]
+    result, i = [], 0
+    while i < len(words):
+        name = words[i].removeprefix("--").replace("-", "_") if words[i].startswith("--") else ""
+        has_value = i + 1 < len(words) and not words[i + 1].startswith("--")
+        if name in tables.GONE:
+            notices.append(f"--{name} has no effect any more: {tables.GONE[name]}")
+            i += 2 if has_value else 1
+        elif name in tables.RENAMED:
+            notices.append(f"--{name} is called --{tables.RENAMED[name]} today")
+            result.append(f"--{tables.RENAMED[name]}")
+            i += 1
+        elif name == tables.GROUP_BY_LENGTH[0]:
+            wanted = (words[i + 1] if has_value else "true").lower() in ("true", "1", "yes")
+            notices.append(f"--{name} is called --{tables.GROUP_BY_LENGTH[1]} today")
+            result += [f"--{tables.GROUP_BY_LENGTH[1]}", name if wanted else "random"]
+            i += 2 if has_value else 1
+        else:
+            result.append(f"--{name}" if name else words[i])
+            i += 1
+    return result
+
+
+def _refuse_unknown_or_repeated(argv: list[str], known: set[str]) -> None:
+    seen: dict[str, str] = {}
+    for i, word in enumerate(argv):
+        if not word.startswith("--"):
+            continue
+        if word not in known:
+            raise UserError(f"unknown flag {word}{suggest(word, sorted(known)) or ','} see --help.")
+        value = argv[i + 1] if i + 1 < len(argv) else ""
+        if word in seen and word != "--local_rank":
+            raise UserError(f"{word} is given twice, with {seen[word]!r} and {value!r}; keep one.")
+        seen[word] = value
+
+
+def _read_config(path: str, known: set[str]) -> list[str]:
+    """The file's entries as ``--key value`` words."""
+    import yaml
+
+    if not os.path.isfile(path):
+        raise UserError(f"--config {path}: no such file.")
+    try:
+        entries = yaml.safe_load(Path(path).read_text(encoding="utf-8"))  # JSON is YAML
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else path
+        raise UserError(f"{where}: not YAML: {getattr(error, 'problem', error)}.") from None
+    if not isinstance(entries, dict):
+        raise UserError(f"{path}: expected flags as keys, got {type(entries).__name__}.")
+    words: list[str] = []
+    for key, value in entries.items():
+        if f"--{key}" not in known and key not in {*tables.RENAMED, *tables.GONE, tables.GROUP_BY_LENGTH[0]}:
+            raise UserError(
+                f"{path}: unknown key {key!r}{suggest(str(key), [k[2:] for k in known]) or ','} see --help."
+            )
+        if isinstance(value, dict | list):
+            raise UserError(
+                f"{path}: {key} is a {type(value).__name__}; expected one value, as on the command line."
+            )
+        if value is not None:
+            words += [f"--{key}", str(value)]
+    return words
+
+
+def _check_limits(values: dict[str, Any]) -> None:
+    for name, (holds, rule) in tables.LIMITS.items():
+        value = values.get(name)
+        if value is not None and not holds(value):
+            raise UserError(f"--{name} is {value:g}; it must be {rule}.")
+    if values["max_steps"] < -1 or values["max_steps"] == 0:
+        raise UserError(f"--max_steps is {values['max_steps']}; it must be >= 1, or -1 for num_train_epochs.")
+    if values["bf16"] and values["fp16"]:
+        raise UserError("--bf16 and --fp16 are both True; keep one.")
+    if values["freeze"] and values["use_lora"]:
+        raise UserError(
+            "--freeze and --use_lora are both given; LoRA freezes all weights of the model already."
+        )
+
+
+def find_file(flag: str, path: str) -> str:
+    """``path`` as it stands in the working directory, or else in the checkout's root.
+
+    Raises:
+        UserError: in neither.
+    """
+    for candidate in (Path(path), ROOT / path):
+        if candidate.exists():
+            return str(candidate.resolve())
+    raise UserError(f"--{flag} {path}: no such file in {os.getcwd()} or {ROOT}.")
+
+
+def _resolve_paths(values: dict[str, Any]) -> None:
+    values["data_path"] = ",".join(find_file("data_path", path) for path in values["data_path"].split(","))
+    if values["deepspeed"]:
+        values["deepspeed"] = find_file("deepspeed", values["deepspeed"])
+    model = values["model_name_or_path"]
+    if not os.path.isdir(model) and not (ROOT / model).is_dir():
+        raise UserError(
+            f"--model_name_or_path {model}: no such directory. Weights are read from a local directory; "
+            "download the model first, code in it is never run."
+        )
+    values["model_name_or_path"] = find_file("model_name_or_path", model)
+
+
+def _fit_to_machine(values: dict[str, Any], notices: list[str]) -> None:
+    """What this machine cannot honour is left out with a notice where that is safe, else refused."""
+    import torch
+
+    on_gpu = torch.cuda.is_available() and not values["use_cpu"]
+    capability = torch.cuda.get_device_capability() if on_gpu else (0, 0)
+    device = f"{torch.cuda.get_device_name()} ({capability[0]}.{capability[1]})" if on_gpu else "the CPU"
+    if values["tf32"] and capability < (8, 0):
+        notices.append(f"--tf32 True is left out: {device} has no TF32, it came with compute capability 8.0")
+        values["tf32"] = None
+    if values["bf16"] and on_gpu and capability < (8, 0):
+        raise EnvironmentFault(
+            f"--bf16 True: {device} has no bfloat16; use --fp16 True, or neither for fp32."
+        )
+    if values["fp16"] and not on_gpu:
+        raise EnvironmentFault(
+            "--fp16 True: the CPU trains in bfloat16 or fp32 only; use --bf16 True, or neither."
+        )
+    values["use_cpu"] = not on_gpu
+
+
+def _fill_defaults(values: dict[str, Any], notices: list[str]) -> None:
+    kind = "lora" if values["use_lora"] else "full"
+    if values["learning_rate"] is None:
+        values["learning_rate"] = tables.LEARNING_RATES[kind]
+        notices.append(f"learning_rate {values['learning_rate']:g}: the default of {kind} training")
+    given = [name for name in ("lora_rank", "lora_alpha", "lora_dropout") if values[name] is not None]
+    if given and not values["use_lora"]:
+        raise UserError(f"--{given[0]} is given without --use_lora True, and would do nothing.")
+    for name, value in zip(
+        ("lora_rank", "lora_alpha", "lora_dropout"), tables.LORA_PRESETS[values["lora_preset"]]
+    ):
+        values[name] = value if values[name] is None else values[name]
+    resume = values["resume_from_checkpoint"]
+    if resume is not None and resume.lower() in ("true", "false"):
+        values["resume_from_checkpoint"] = (
+            _newest_checkpoint(values["output_dir"]) if resume.lower() == "true" else None
+        )
+    elif resume is not None and not os.path.isdir(resume):
+        raise UserError(
+            f"--resume_from_checkpoint {resume}: no such directory; True takes the newest in output_dir."
+        )
+
+
+def _newest_checkpoint(output_dir: str) -> str:
+    from transformers.trainer_utils import get_last_checkpoint
+
+    found = get_last_checkpoint(output_dir) if os.path.isdir(output_dir) else None
+    if found is None:
+        raise UserError(
+            f"--resume_from_checkpoint True: no checkpoint-* in {output_dir}; leave the flag out to begin."
+        )
+    return found

@@ -1,0 +1,360 @@
+"""The training command: what it leaves, what it refuses, and that no option is accepted and ignored."""
+
+import json
+import math
+import sys
+
+import pytest
+import torch
+from fixtures import ROOT, SMALL_VOCABULARY, tiny_config
+from launching import deepspeed, error_lines, flags, log_of, run
+
+from baichuan_sft import BaichuanForCausalLM, load_model, load_tokenizer
+from baichuan_sft.checkpoint import verify
+from baichuan_sft.data.formats import Message
+from baichuan_sft.data.template import render
+from baichuan_sft.errors import CheckpointFault, NumericalFault, UserError
+from baichuan_sft.train.parse import parse
+from baichuan_sft.train.sft import main
+
+DATA = ROOT / "data" / "belle_chat.json"
+
+
+@pytest.fixture(scope="module")
+def nano(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("nano")
+    torch.manual_seed(0)
+    BaichuanForCausalLM(tiny_config("baichuan2-13b")).save_pretrained(directory)
+    load_tokenizer(SMALL_VOCABULARY).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture
+def train(nano, tmp_path):
+    """Train in this process; returns the output directory."""
+
+    def call(*words, **options):
+        values = {
+            "model_name_or_path": nano,
+            "data_path": DATA,
+            "output_dir": tmp_path / "out",
+            "cache_dir": tmp_path / "cache",
+            "max_steps": 2,
+            "per_device_train_batch_size": 4,
+            "learning_rate": 1e-3,
+            "save_strategy": "no",
+            "seed": 5,
+        }
+        values |= options
+        assert main([*flags(**values), *words]) == 0
+        return values["output_dir"]
+
+    return call
+
+
+# --- what a run leaves ------------------------------------------------------------------------------
+
+
+def test_full_result_is_complete(train, nano):
+    out = train()
+    names = {path.name for path in out.iterdir()}
+    assert names >= {
+        "model.safetensors",
+        "config.json",
+        "generation_config.json",
+        "tokenizer.model",
+        "tokenizer_config.json",
+        "modeling_baichuan.py",
+        "run.json",
+        "trainer_log.jsonl",
+        "loss.png",
+    }
+    verify(out)
+    record = json.loads((out / "run.json").read_text())
+    assert record["versions"]["torch"] == torch.__version__.split("+")[0] or record["versions"]["torch"]
+    assert set(record["data_sha256"]) == {str(DATA)}
+    assert record["data"]["report"]["used"] == 70
+    generation = json.loads((out / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == [2, 195]
+    before, after = load_model(nano), load_model(out)
+    changed = [n for n, p in after.named_parameters() if not torch.equal(p, before.get_parameter(n))]
+    assert len(changed) == len(list(after.named_parameters()))  # the norms and the head too
+
+
+def test_lora_result_is_an_adapter_on_its_base(train, nano, capsys):
+    out = train(use_lora=True)
+    said = capsys.readouterr().out
+    assert "trained parameters: " in said and "relative change of W_pack" in said
+    assert f"baichuan-sft chat {out}" in said.strip().splitlines()[-1]
+    verify(out)
+    adapter = json.loads((out / "adapter_config.json").read_text())
+    assert (adapter["r"], adapter["lora_alpha"], adapter["lora_dropout"]) == (16, 32, 0.05)
+    assert adapter["target_modules"] == ["W_pack"]
+    model = load_model(out)
+    probe = torch.arange(12)[None]
+    with torch.no_grad():
+        tuned = model(probe).logits
+        with model.disable_adapter():
+            assert torch.allclose(model(probe).logits, load_model(nano)(probe).logits, atol=1e-6)
+    assert (tuned - load_model(nano)(probe).logits).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        ({"lora_preset": "vendor"}, {"r": 1, "lora_alpha": 32, "lora_dropout": 0.1}),
+        ({"lora_rank": 4, "lora_alpha": 8, "lora_dropout": 0}, {"r": 4, "lora_alpha": 8, "lora_dropout": 0}),
+        ({"lora_target": "W_pack,o_proj"}, {"target_modules": ["W_pack", "o_proj"]}),
+        (
+            {"lora_target": "all-linear"},
+            {"target_modules": ["W_pack", "down_proj", "gate_proj", "o_proj", "up_proj"]},
+        ),
+        ({"use_rslora": True}, {"use_rslora": True}),
+        ({"use_dora": True}, {"use_dora": True}),
+        ({"init_lora_weights": "gaussian"}, {"init_lora_weights": "gaussian"}),
+    ],
+)
+def test_lora_options_reach_the_adapter(train, options, expected):
+    config = json.loads((train(use_lora=True, **options) / "adapter_config.json").read_text())
+    config["target_modules"].sort()
+    assert {name: config[name] for name in expected} == expected
+
+
+def test_freeze_keeps_what_matches(train, nano):
+    out = train(freeze="model.embed_tokens,model.layers.0.*")
+    before, after = load_model(nano), load_model(out)
+    same = {n for n, p in after.named_parameters() if torch.equal(p, before.get_parameter(n))}
+    assert same == {n for n in same if n.startswith(("model.embed_tokens", "model.layers.0."))}
+    assert "model.embed_tokens.weight" in same and "model.layers.0.mlp.up_proj.weight" in same
+
+
+def test_neftune_and_train_on_change_the_run(train, tmp_path):
+    plain = train()
+    noisy = train(neftune_noise_alpha=20, output_dir=tmp_path / "noisy")
+    last = train(train_on="last", output_dir=tmp_path / "last")
+    assert log_of(plain)[0]["loss"] != log_of(noisy)[0]["loss"]
+    targets = [json.loads((out / "run.json").read_text())["data"]["report"] for out in (plain, last)]
+    assert targets[0]["supervised_tokens"] > targets[1]["supervised_tokens"] > 0
+
+
+def test_log_has_speed_and_padding(train):
+    row = log_of(train())[0]
+    assert row["tokens_per_second"] > row["targets_per_second"] > 0
+    assert 0 < row["padding_share"] < 1
+
+
+def test_loss_is_the_mean_over_all_targets_of_the_update(train, nano):
+    """Against plain cross-entropy over the records of the update, counted by hand."""
+    out = train(
+        max_steps=1,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=3,
+        train_sampling_strategy="sequential",
+    )
+    model, tokenizer = load_model(nano), load_tokenizer(nano)
+    roles = {"human": "user", "gpt": "assistant"}
+    total, count = 0.0, 0
+    for record in json.loads(DATA.read_text())[:6]:
+        turns = [Message(roles[turn["from"]], turn["value"]) for turn in record["conversations"]]
+        rendered = render(turns, tokenizer)
+        with torch.no_grad():
+            logits = model(torch.tensor([rendered.input_ids])).logits[0, :-1]
+        labels = torch.tensor(rendered.labels[1:])
+        total += torch.nn.functional.cross_entropy(logits, labels, reduction="sum").item()
+        count += int((labels != -100).sum())
+    # fp32 sums in another order
+    assert log_of(out)[0]["loss"] == pytest.approx(total / count, abs=1e-5)
+
+
+def test_resume_goes_on_where_it_stopped(train, tmp_path):
+    straight = log_of(train(max_steps=4, save_strategy="steps", save_steps=2))
+    (tmp_path / "out" / "checkpoint-4").rename(tmp_path / "elsewhere")
+    resumed = log_of(train(max_steps=4, resume_from_checkpoint=True))
+    assert [row["step"] for row in resumed] == [1, 2, 3, 4, 3, 4]
+    assert [row["loss"] for row in resumed[-2:]] == [row["loss"] for row in straight[-2:]]
+
+
+def test_config_file_and_flags_win_over_it(train, tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text("use_lora: true\nlora_rank: 3\nlearning_rate: 1e-5\nwarmup_ratio: 0.0\n")
+    adapter = json.loads((train("--config", str(config)) / "adapter_config.json").read_text())
+    assert adapter["r"] == 3
+    assert log_of(tmp_path / "out")[0]["learning_rate"] == 1e-3  # the flag of the fixture
+
+
+# --- a number that must not be trained on -----------------------------------------------------------
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_records_named(train, tmp_path):
+    broken = tmp_path / "broken"
+    torch.manual_seed(0)
+    model = BaichuanForCausalLM(tiny_config("baichuan2-7b"))
+    with torch.no_grad():
+        model.model.norm.weight.fill_(float("nan"))
+    model.save_pretrained(broken)
+    load_tokenizer(SMALL_VOCABULARY).save_pretrained(broken)
+    with pytest.raises(NumericalFault, match=r"step 1, rank 0: the loss is nan; records .* 0, 1, 2, 3\."):
+        train(model_name_or_path=broken, train_sampling_strategy="sequential")
+
+
+def test_a_loss_of_zero_over_targets_stops(train, monkeypatch):
+    monkeypatch.setattr("baichuan_sft.model.modeling_baichuan.BaichuanHead.forward", _zero_loss)
+    with pytest.raises(NumericalFault, match=r"the loss is 0 over \d+ targets"):
+        train()
+
+
+def _zero_loss(self, hidden, labels=None, *args):
+    return hidden.sum() * 0
+
+
+def test_a_gradient_norm_that_is_not_finite_stops(train, monkeypatch):
+    from baichuan_sft.train.trainer import SftTrainer
+
+    monkeypatch.setattr(SftTrainer, "_clip_grad_norm", lambda self, model: torch.tensor(math.inf))
+    monkeypatch.setattr(SftTrainer, "_get_grad_norm", lambda self, model, grad_norm=None: grad_norm)
+    with pytest.raises(NumericalFault, match="the gradient norm is inf"):
+        train()
+
+
+def test_a_save_that_is_not_the_model_is_an_error(train, monkeypatch):
+    """What a partial ZeRO-3 gather leaves: right names and shapes, wrong numbers."""
+    from transformers import Trainer
+
+    def save_other_weights(self, output_dir=None, _internal_call=False):
+        kept = self.model.model.norm.weight.detach().clone()
+        self.model.model.norm.weight.data.mul_(2)
+        original(self, output_dir, _internal_call)
+        self.model.model.norm.weight.data.copy_(kept)
+
+    original = Trainer.save_model
+    monkeypatch.setattr(Trainer, "save_model", save_other_weights)
+    with pytest.raises(CheckpointFault, match="differ from the live ones"):
+        train()
+
+
+# --- refusals ---------------------------------------------------------------------------------------
+
+REQUIRED = flags(model_name_or_path=ROOT / "tests/golden/baichuan-7b/a", data_path=DATA, output_dir="out")
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("--learning_rat 1e-5", "unknown flag --learning_rat, did you mean '--learning_rate'"),
+        ("--seed 1 --seed 2", "--seed is given twice, with '1' and '2'"),
+        ("--learning_rate nan", "--learning_rate is nan; it must be a finite number > 0"),
+        ("--per_device_train_batch_size 0", "--per_device_train_batch_size is 0; it must be .* >= 1"),
+        ("--num_train_epochs -3", "--num_train_epochs is -3"),
+        ("--max_steps -5", "--max_steps is -5"),
+        ("--model_max_length 0", "--model_max_length is 0"),
+        ("--use_lora True --lora_dropout 1.5", "--lora_dropout is 1.5"),
+        ("--lora_rank 8", "--lora_rank is given without --use_lora True"),
+        ("--freeze x --use_lora True", "LoRA freezes all weights"),
+        ("--bf16 True --fp16 True", "--bf16 and --fp16 are both True"),
+        ("--deepspeed no.json", "--deepspeed no.json: no such file"),
+        ("--config no.yaml", "--config no.yaml: no such file"),
+        ("--resume_from_checkpoint True", "no checkpoint-\\* in out"),
+        ("--train_on first", "invalid choice: 'first'"),
+    ],
+)
+def test_refused_before_anything_is_loaded(words, message):
+    with pytest.raises(UserError, match=message):
+        parse([*REQUIRED, *words.split()])
+
+
+def test_missing_paths_name_where_was_looked():
+    with pytest.raises(UserError, match="--data_path no.json: no such file in .* or "):
+        parse(flags(model_name_or_path="tests", data_path="no.json", output_dir="out"))
+    with pytest.raises(UserError, match="--model_name_or_path org/name: no such directory"):
+        parse(flags(model_name_or_path="org/name", data_path=DATA, output_dir="out"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the machine has a GPU")
+def test_what_a_cpu_cannot_honour_is_said_or_refused():
+    settings = parse([*REQUIRED, *"--tf32 True --warmup_ratio 0.1 --logging_dir x".split()])
+    assert settings.training["tf32"] is None
+    assert settings.training["warmup_steps"] == 0.1
+    assert [notice.split(" ")[0] for notice in settings.notices] == [
+        "--warmup_ratio",
+        "--logging_dir",
+        "--tf32",
+        "learning_rate",
+    ]
+    with pytest.raises(UserError, match="CPU trains in bfloat16 or fp32 only") as refused:
+        parse([*REQUIRED, "--fp16", "True"])
+    assert refused.value.exit_code == 3
+
+
+@pytest.mark.parametrize("text", ["a: [1", "- 1", "learning_rat: 1", "lora_rank: {a: 1}"])
+def test_bad_config_files_are_named(tmp_path, text):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"run\.yaml"):
+        parse([*REQUIRED, "--config", str(path)])
+
+
+@pytest.mark.parametrize(
+    "target, message",
+    [
+        ("W_pakc", "--lora_target W_pakc: no such module, did you mean 'W_pack'"),
+        ("q_proj,W_pack", "--lora_target q_proj: no such module.* Targets: W_pack, o_proj"),
+        ("lm_head", "the head computes the loss itself"),
+    ],
+)
+def test_a_missing_lora_target_is_refused_even_where_another_matches(train, target, message):
+    with pytest.raises(UserError, match=message):
+        train(use_lora=True, lora_target=target)
+
+
+def test_a_freeze_pattern_that_matches_nothing_is_refused(train):
+    with pytest.raises(UserError, match=r"--freeze model\.layer\.0: no parameter of that name"):
+        train(freeze="model.layer.0")
+
+
+# --- real processes ---------------------------------------------------------------------------------
+
+VENDOR_COMMAND = """--report_to none --data_path data/belle_chat.json --model_max_length 512 --num_train_epochs 1
+    --per_device_train_batch_size 16 --gradient_accumulation_steps 1 --save_strategy epoch --learning_rate 2e-5
+    --lr_scheduler_type constant --adam_beta1 0.9 --adam_beta2 0.98 --adam_epsilon 1e-8 --max_grad_norm 1.0
+    --weight_decay 1e-4 --warmup_ratio 0.0 --logging_steps 1 --gradient_checkpointing True
+    --deepspeed ds_config.json --bf16 False --tf32 True""".split()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [False, True])
+def test_the_vendors_command_from_inside_fine_tune(nano, tmp_path, lora):
+    """Baichuan2's README, but for paths, epochs and precision; data_path and deepspeed lie in the root."""
+    words = [*VENDOR_COMMAND, *flags(model_name_or_path=nano, output_dir=tmp_path / "output")]
+    words += ["--use_lora", "True"] if lora else []
+    done = deepspeed("fine-tune.py", *words, cwd=ROOT / "fine-tune", BAICHUAN_SFT_CACHE=str(tmp_path))
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert "--tf32 True is left out" in done.stdout and "--warmup_ratio" in done.stdout
+    assert len(log_of(tmp_path / "output")) == 3  # 70 records in batches of 2 x 16
+    verify(tmp_path / "output")
+    (checkpoint,) = (tmp_path / "output").glob("checkpoint-*")
+    verify(checkpoint)
+    assert (checkpoint / "run.json").is_file()
+
+
+@pytest.mark.slow
+def test_bad_input_is_one_line_and_exit_code_2(nano, tmp_path):
+    other = tmp_path / "llama"
+    other.mkdir()
+    (other / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "bad.json").write_text('[{"id": 1, "conversations": [{"from": "human", "value": "a"},}]')
+    (tmp_path / "role.json").write_text(
+        '[{"conversations": [{"from": "humna", "value": "a"}, {"from": "gpt", "value": "b"}]}]'
+    )
+    cases = {
+        "no such file": {"data_path": "nowhere.json"},
+        "bad.json:1:59": {"data_path": tmp_path / "bad.json"},
+        "did you mean 'human'": {"data_path": tmp_path / "role.json"},
+        "not a Baichuan model": {"model_name_or_path": other},
+        "unknown flag --lerning_rate": {"lerning_rate": 1},
+    }
+    for message, options in cases.items():
+        values = {"model_name_or_path": nano, "data_path": DATA, "output_dir": tmp_path / "out", **options}
+        done = run([sys.executable, ROOT / "fine-tune" / "fine-tune.py", *flags(**values)])
+        assert done.returncode == 2, done.stdout
+        (line,) = error_lines(done.stdout)
+        assert message in line, line
