@@ -66,12 +66,17 @@ class _AfterTransformers(MetaPathFinder):
     def find_spec(self, fullname, path=None, target=None):
         if fullname != "transformers":
             return None
+        # Back in place afterwards: libraries look for the spec without importing.
         sys.meta_path.remove(self)
-        spec = find_spec(fullname)
+        try:
+            spec = find_spec(fullname)
+        finally:
+            sys.meta_path.insert(0, self)
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
             def execute_and_register(module):
+                sys.meta_path.remove(self)
                 execute(module)
                 _register()
 

@@ -106,6 +106,18 @@ def load_tokenizer(path: str | Path) -> BaichuanTokenizer:
     return BaichuanTokenizer.from_pretrained(path)
 
 
+def check_vocabulary(path: str | Path, config: BaichuanConfig, tokenizer: BaichuanTokenizer) -> None:
+    """
+    Raises:
+        UserError: the tokenizer gives ids that the model has no embedding for.
+    """
+    if config.vocab_size < len(tokenizer):
+        raise UserError(
+            f"{path}: the embedding has {config.vocab_size} rows, the tokenizer {len(tokenizer)} pieces: "
+            "weights of one Baichuan generation with the tokenizer of the other."
+        )
+
+
 def expected_shapes(config: BaichuanConfig) -> Shapes:
     """Name and shape of every tensor that a model of this configuration has."""
     import torch
@@ -117,7 +129,7 @@ def expected_shapes(config: BaichuanConfig) -> Shapes:
 
 
 def weight_files(path: Path) -> list[Path]:
-    """The files that transformers or PEFT read the weights from; where there are several kinds, as they choose.
+    """The files that transformers or PEFT read the weights from, of several kinds the one they choose.
 
     Raises:
         CheckpointFault: there are none.

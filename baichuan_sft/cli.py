@@ -15,7 +15,7 @@ from baichuan_sft.errors import UserError, pick
 # name -> (module:function(argv) -> exit code, one line of help)
 COMMANDS = {
     "train": ("baichuan_sft.train.sft:main", "fine-tune a model on conversations, all weights or LoRA"),
-    "preview": ("baichuan_sft.data.preview:preview", "show conversations as tokens, trained and not"),
+    "preview": ("baichuan_sft.preview:preview", "show conversations as tokens, trained and not"),
     "chat": ("baichuan_sft.infer.terminal:main", "talk to a model, an adapter or a checkpoint"),
 }
 

@@ -50,4 +50,5 @@ def pick(kind: str, name: str, table: Mapping[str, T]) -> T:
     """
     if name in table:
         return table[name]
-    raise UserError(f"unknown {kind} {name!r}{suggest(name, list(table)) or '.'} Known: {', '.join(sorted(table))}.")
+    close = suggest(name, list(table)) or "."
+    raise UserError(f"unknown {kind} {name!r}{close} Known: {', '.join(sorted(table))}.")

@@ -22,6 +22,6 @@ deepspeed --num_gpus 2 --master_port $port --log_level error fine-tune/fine-tune
     --use_lora True --lora_dropout 0 --deepspeed ds_config.json --save_strategy no --logging_steps 10
 
 echo; echo "== 3/3 the result, through peft's AutoPeftModelForCausalLM"
-python scripts/demo_answers.py "$out/lora" data/belle_persona.json
+python -W ignore::FutureWarning scripts/demo_answers.py "$out/lora" data/belle_persona.json
 echo; echo "loss curves: $out/full/loss.png $out/lora/loss.png"
 echo "talk to it:  .venv/bin/baichuan-sft chat $out/lora"

@@ -1,4 +1,4 @@
-"""Ask a trained adapter the questions of its data; exit 1 where an answer is not the learnt one, or does not stop.
+"""Ask an adapter the questions of its data; exit 1 where an answer is not the learnt one, or does not stop.
 
 python scripts/demo_answers.py out/demo/lora data/belle_persona.json
 """
@@ -9,10 +9,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from peft import AutoPeftModelForCausalLM  # noqa: E402
-from transformers import AutoTokenizer  # noqa: E402
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer
 
-import baichuan_sft  # noqa: E402, F401  (the family's classes, instead of trust_remote_code=True)
+import baichuan_sft  # noqa: F401  (the family's classes, instead of trust_remote_code=True)
 
 MAX_NEW_TOKENS = 64
 

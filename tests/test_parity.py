@@ -1,7 +1,8 @@
-"""Runs that must agree do: ZeRO stages, process counts, and ways to cut a batch, per step in loss and norm."""
+"""Runs that must agree do: ZeRO stages, process counts, cuts of a batch; per step in loss and norm."""
 
 import itertools
 import json
+import shutil
 
 import pytest
 from fixtures import ROOT, SHARED, needs_shared
@@ -38,7 +39,7 @@ def runs(tmp_path_factory):
         save_strategy="no",
         seed=7,
         cache_dir=root / "cache",
-        # Padding takes part in nothing, so rows of any width may share a batch; the order is one for all cuts.
+        # one order for all cuts
         train_sampling_strategy="sequential",
     )
     plans = {1: {}, 2: {}}
@@ -55,16 +56,28 @@ def runs(tmp_path_factory):
             per_device_train_batch_size=batch,
             gradient_accumulation_steps=accumulation,
         )
-    plans[1]["no deepspeed"] = dict(per_device_train_batch_size=GLOBAL_BATCH)
-    plans[2]["checkpointing zero3"] = dict(
-        deepspeed=root / "zero3.json", per_device_train_batch_size=GLOBAL_BATCH // 2, gradient_checkpointing=True
+    plans[1]["bf16 zero2"] = dict(
+        deepspeed=root / "zero2.json", bf16=True, per_device_train_batch_size=GLOBAL_BATCH
     )
+    plans[1]["no deepspeed"] = dict(per_device_train_batch_size=GLOBAL_BATCH)
+    half = dict(deepspeed=root / "zero3.json", per_device_train_batch_size=GLOBAL_BATCH // 2)
+    plans[2]["checkpointing zero3"] = dict(half, gradient_checkpointing=True)
+    for kind in ("full", "lora"):
+        saved = f"saved {kind}"
+        plans[2][saved] = dict(half, use_lora=kind == "lora", save_strategy="steps", save_steps=STEPS // 2)
+        checkpoint = root / saved / f"checkpoint-{STEPS // 2}"
+        plans[2][f"resumed {kind}"] = dict(half, use_lora=kind == "lora", resume_from_checkpoint=checkpoint)
+    if shutil.which("g++"):  # DeepSpeed compiles its CPU optimizer
+        plans[1]["offload zero3"] = dict(
+            deepspeed=zero_config(root / "offload.json", 3, offload=True),
+            per_device_train_batch_size=GLOBAL_BATCH,
+        )
     for processes, named in plans.items():
         argvs = []
         for name, options in named.items():
             if not options.get("use_lora"):
                 options.pop("lora_dropout", None)
-            argvs.append(flags(output_dir=root / name, **common, **options))
+            argvs.append(flags(output_dir=root / name, **{**common, **options}))
         (root / f"runs{processes}.json").write_text(json.dumps(argvs))
         done = deepspeed(ROOT / "tests" / "many_runs.py", root / f"runs{processes}.json", processes=processes)
         assert done.returncode == 0, done.stdout[-4000:]
@@ -75,8 +88,8 @@ def assert_agree(one, other):
     assert len(one) == len(other) == STEPS
     for a, b in zip(one, other):
         assert abs(a["loss"] - b["loss"]) < TOLERANCE, (a, b)
-        # the norm is about ten times the loss's scale of rounding: it sums over all parameters
-        assert abs(a["grad_norm"] - b["grad_norm"]) < 10 * TOLERANCE, (a, b)
+        # relative: an fp32 norm over 400,000 numbers is itself off by 3e-6, and some stages take it in fp64
+        assert abs(a["grad_norm"] / b["grad_norm"] - 1) < TOLERANCE, (a, b)
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
@@ -89,6 +102,27 @@ def test_stages_and_process_counts_agree(runs, stage, processes, kind):
 @pytest.mark.parametrize("cut", ["cut 4x2", "cut 1x8", "no deepspeed", "checkpointing zero3"])
 def test_other_cuts_of_the_same_batch_agree(runs, cut):
     assert_agree(runs[cut], runs["1p zero0 full"])
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="DeepSpeed's CPU optimizer needs a C++ compiler")
+def test_cpu_offload_agrees(runs):
+    assert_agree(runs["offload zero3"], runs["1p zero0 full"])
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_a_resumed_run_goes_on_bit_for_bit(runs, kind):
+    straight, resumed = runs[f"saved {kind}"], runs[f"resumed {kind}"]
+    assert [row["step"] for row in resumed] == list(range(STEPS // 2 + 1, STEPS + 1))
+    for a, b in zip(straight[STEPS // 2 :], resumed):
+        for key in ("loss", "grad_norm", "learning_rate"):
+            assert a[key] == b[key], (key, a, b)
+
+
+def test_bf16_follows_fp32(runs):
+    for a, b in zip(runs["bf16 zero2"], runs["1p zero0 full"]):
+        # bf16 has 8 bits: 0.4 % of a loss near 9, and Adam's first steps on signs of small gradients
+        assert a["loss"] != b["loss"]
+        assert abs(a["loss"] - b["loss"]) < 0.1, (a, b)
 
 
 def test_the_runs_learn_and_differ_where_they_should(runs):

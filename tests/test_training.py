@@ -263,7 +263,7 @@ def test_refused_before_anything_is_loaded(words, message):
 
 
 def test_missing_paths_name_where_was_looked():
-    with pytest.raises(UserError, match="--data_path no.json: no such file in .* or "):
+    with pytest.raises(UserError, match=r"--data_path no\.json: no such file in .* or "):
         parse(flags(model_name_or_path="tests", data_path="no.json", output_dir="out"))
     with pytest.raises(UserError, match="--model_name_or_path org/name: no such directory"):
         parse(flags(model_name_or_path="org/name", data_path=DATA, output_dir="out"))
@@ -313,11 +313,14 @@ def test_a_freeze_pattern_that_matches_nothing_is_refused(train):
 
 # --- real processes ---------------------------------------------------------------------------------
 
-VENDOR_COMMAND = """--report_to none --data_path data/belle_chat.json --model_max_length 512 --num_train_epochs 1
-    --per_device_train_batch_size 16 --gradient_accumulation_steps 1 --save_strategy epoch --learning_rate 2e-5
-    --lr_scheduler_type constant --adam_beta1 0.9 --adam_beta2 0.98 --adam_epsilon 1e-8 --max_grad_norm 1.0
-    --weight_decay 1e-4 --warmup_ratio 0.0 --logging_steps 1 --gradient_checkpointing True
-    --deepspeed ds_config.json --bf16 False --tf32 True""".split()
+VENDOR_COMMAND = """
+    --report_to none --data_path data/belle_chat.json --model_max_length 512
+    --num_train_epochs 1 --per_device_train_batch_size 16 --gradient_accumulation_steps 1
+    --save_strategy epoch --learning_rate 2e-5 --lr_scheduler_type constant --adam_beta1 0.9
+    --adam_beta2 0.98 --adam_epsilon 1e-8 --max_grad_norm 1.0 --weight_decay 1e-4
+    --warmup_ratio 0.0 --logging_steps 1 --gradient_checkpointing True
+    --deepspeed ds_config.json --bf16 False --tf32 True
+""".split()
 
 
 @pytest.mark.slow
@@ -347,7 +350,7 @@ def test_bad_input_is_one_line_and_exit_code_2(nano, tmp_path):
     )
     cases = {
         "no such file": {"data_path": "nowhere.json"},
-        "bad.json:1:59": {"data_path": tmp_path / "bad.json"},
+        "bad.json:1:62: trailing comma": {"data_path": tmp_path / "bad.json"},
         "did you mean 'human'": {"data_path": tmp_path / "role.json"},
         "not a Baichuan model": {"model_name_or_path": other},
         "unknown flag --lerning_rate": {"lerning_rate": 1},

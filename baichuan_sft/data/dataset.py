@@ -1,6 +1,6 @@
 """Files to a memory-mapped dataset of token ids, built once per content and counted to the last record.
 
-    # a segment is one conversation as ids and labels, cut to max_length
+# a segment is one conversation as ids and labels, cut to max_length
 """
 
 from __future__ import annotations

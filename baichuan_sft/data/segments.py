@@ -1,6 +1,6 @@
 """Conversations to segments on disk: render, cut, count, write; in one process or several.
 
-    # a segment is one conversation as ids and labels, cut to max_length
+# a segment is one conversation as ids and labels, cut to max_length
 """
 
 from __future__ import annotations

@@ -54,8 +54,7 @@ def generation_options(args: Any) -> dict[str, Any]:
     if args.greedy and sampling:
         raise UserError(f"--greedy and --{sampling[0]} are both given; greedy decoding does not sample.")
     if args.greedy:
-        # Back to their neutral values: transformers warns of sampling settings that greedy decoding ignores.
-        return {**given, "do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50}
+        return {**given, "do_sample": False}
     return {**given, "do_sample": True} if sampling else given
 
 
@@ -94,11 +93,9 @@ def _device(name: str | None) -> str:
 
 
 def _check_fit(args: Any, config: Any, tokenizer: Any) -> None:
-    if config.vocab_size < len(tokenizer):
-        raise UserError(
-            f"{args.path}: the embedding has {config.vocab_size} rows, the tokenizer {len(tokenizer)} "
-            "pieces: weights of one Baichuan generation with the tokenizer of the other."
-        )
+    from baichuan_sft.checkpoint import check_vocabulary
+
+    check_vocabulary(args.path, config, tokenizer)
     if args.max_new_tokens is not None and args.max_new_tokens >= config.context_length:
         raise UserError(
             f"--max_new_tokens {args.max_new_tokens} leaves no room for a question in the model's "

@@ -4,5 +4,5 @@ These files import torch, transformers, sentencepiece and each other, nothing of
 copied beside every saved model, where ``trust_remote_code=True`` runs them without the package.
 """
 
-# First of all, so that the package's registration, which follows it, meets no half-imported file of this folder.
+# First, so that the registration which follows it meets no half-imported file of this folder.
 import transformers  # noqa: F401

@@ -55,9 +55,10 @@ def build_chat_input(
     ids = system + _newest_rounds(rounds, max_input - len(system))
     if turns[-1][0] != "assistant":
         ids.append(ASSISTANT_TOKEN_ID)
+    whole = len(system) + sum(map(len, rounds)) + (turns[-1][0] != "assistant")
     # The vendor's slice as it stands: a room of 0 keeps everything.
     ids = ids[-max_input:]
-    _log_cut(len(ids), len(system) + sum(map(len, rounds)))
+    _log_cut(len(ids), whole)
     return ids
 
 
@@ -128,6 +129,9 @@ class ChatMixin:
             ValueError: a message breaks a rule of ``read_messages``.
         """
         config = copy.deepcopy(generation_config or self.generation_config)  # type: ignore[attr-defined]
+        if not generate_kwargs.get("do_sample", config.do_sample):
+            # Greedy decoding ignores the model's own sampling settings, and transformers would warn of them.
+            config.update(temperature=1.0, top_p=1.0, top_k=50)
         generate_kwargs = config.update(**generate_kwargs)
         length = self.config.context_length  # type: ignore[attr-defined]
         config.max_new_tokens = _room_for_answer(config.max_new_tokens, length)

@@ -93,6 +93,7 @@ class BaichuanConfig(PreTrainedConfig):
     keys_to_ignore_at_inference = ["past_key_values"]
     # There is no model without a shape; transformers would otherwise build one to diff against on save.
     has_no_defaults_at_init = True
+    z_loss_weight = 0.0
 
     def __init__(
         self,
@@ -144,7 +145,9 @@ class BaichuanConfig(PreTrainedConfig):
             self.max_position_embeddings = max_position_embeddings
         if model_max_length is not None:
             self.model_max_length = model_max_length
-        self.z_loss_weight = z_loss_weight or 0.0
+        # The key alone marks a Baichuan2 model, so the others are saved without it.
+        if self.lm_head == "norm" or z_loss_weight:
+            self.z_loss_weight = z_loss_weight or 0.0
         self.initializer_range = initializer_range
         self.rms_norm_eps = rms_norm_eps
         self.use_cache = use_cache

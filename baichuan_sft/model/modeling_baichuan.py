@@ -17,8 +17,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import can_return_tuple
 
-from .attention_baichuan import apply_rope, attention_bias, eager_attention, rope_angles
+from .attention_baichuan import apply_rope, attention_bias, eager_attention_forward, rope_angles
 from .chat_baichuan import ChatMixin
+from .chat_template_baichuan import read_messages  # noqa: F401  (older transformers copy direct imports only)
 from .configuration_baichuan import BaichuanConfig
 from .head_baichuan import BaichuanHead
 
@@ -48,16 +49,27 @@ class BaichuanAttention(nn.Module):
         self.W_pack = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=False)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
-    def forward(self, hidden, attention_mask, rope, past_key_values=None, output_attentions=False, **kwargs):
+    def forward(
+        self,
+        hidden,
+        attention_mask,
+        rope,
+        query_index,
+        past_key_values=None,
+        output_attentions=False,
+        **kwargs,
+    ):
         batch, num_tokens, _ = hidden.shape
         qkv = self.W_pack(hidden).view(batch, num_tokens, 3, -1, self.head_dim)  # rows: all q, all k, all v
         query, key, value = (x.transpose(1, 2) for x in qkv.unbind(dim=2))  # (B, N, T, H)
         if rope is not None:
             query, key = apply_rope(query, *rope), apply_rope(key, *rope)
         if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+            # Older static caches must be told where to write, newer ones know.
+            place = {"cache_position": query_index}
+            key, value = past_key_values.update(key, value, self.layer_idx, place)
         name = "eager" if output_attentions else self.config._attn_implementation
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
         out, weights = attend(self, query, key, value, attention_mask, scaling=self.scaling, **kwargs)
         return self.o_proj(out.reshape(batch, num_tokens, -1)), weights
 
@@ -140,8 +152,10 @@ class BaichuanModel(BaichuanPreTrainedModel):
             ValueError: both or neither of ``input_ids`` and ``inputs_embeds``; a mask of another shape.
             TypeError: an argument that a Baichuan model does not have.
         """
-        if unknown := kwargs.keys() - {"cache_position"}:  # older versions' generate() passes that one
-            raise TypeError(f"a Baichuan model's forward has no argument {', '.join(sorted(unknown))}")
+        # generate() of older versions says it; their static caches take a key of zeros for an empty place.
+        query_index = kwargs.get("cache_position")
+        if unknown := sorted(kwargs.keys() - {"cache_position"}):
+            raise TypeError(f"a Baichuan model's forward has no argument {', '.join(unknown)}")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
         config = self.config
@@ -157,7 +171,8 @@ class BaichuanModel(BaichuanPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=config)
         num_past = past_key_values.get_seq_length() if past_key_values is not None else 0
-        query_index = torch.arange(num_tokens, device=hidden.device) + num_past  # (T,)
+        if query_index is None:
+            query_index = torch.arange(num_tokens, device=hidden.device) + num_past  # (T,)
         capacity = max_cache_length(past_key_values)
         num_keys = num_past + num_tokens if capacity is None else capacity
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
@@ -178,6 +193,7 @@ class BaichuanModel(BaichuanPreTrainedModel):
                 hidden,
                 attention_mask=bias,
                 rope=rope,
+                query_index=query_index,
                 past_key_values=past_key_values,
                 output_attentions=output_attentions,
             )

@@ -52,9 +52,8 @@ def add_lora(model: Any, args: LoraArguments) -> Any:
     """
     from peft import LoraConfig, get_peft_model
 
-    words = {"true": True, "false": False}
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
+    words: dict[str, Any] = {"true": True, "false": False}
+    options: dict[str, Any] = dict(
         r=args.lora_rank,
         lora_alpha=args.lora_alpha,
         lora_dropout=args.lora_dropout,
@@ -64,7 +63,7 @@ def add_lora(model: Any, args: LoraArguments) -> Any:
         init_lora_weights=words.get(args.init_lora_weights.lower(), args.init_lora_weights),
     )
     try:
-        return get_peft_model(model, config)
+        return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **options))
     except ValueError as error:
         raise UserError(f"--init_lora_weights {args.init_lora_weights}: {error}") from None
 

@@ -33,8 +33,9 @@ EXAMPLE = """example:
 
 def build_parser(show_all: bool = False) -> argparse.ArgumentParser:
     """All flags; the help names the common ones unless ``show_all``."""
+    sections: Any = tables.SECTIONS
     parser = _Parser(
-        tables.SECTIONS,
+        sections,
         prog="baichuan-sft train",
         description="Fine-tune a Baichuan model on conversations, all weights or LoRA.",
         epilog=EXAMPLE,

@@ -34,7 +34,7 @@ def train(settings: Settings) -> None:
     """One run, from files to files; every rank calls it."""
     from transformers import set_seed
 
-    from baichuan_sft.checkpoint import load_tokenizer
+    from baichuan_sft.checkpoint import check_vocabulary, load_config, load_tokenizer
     from baichuan_sft.data.dataset import build_dataset
     from baichuan_sft.train.adapters import relative_change
     from baichuan_sft.train.record import plot_loss
@@ -45,7 +45,9 @@ def train(settings: Settings) -> None:
     for notice in settings.notices:
         say(notice)
     set_seed(args.seed)
-    tokenizer = load_tokenizer(settings.model.model_name_or_path)
+    base = settings.model.model_name_or_path
+    tokenizer = load_tokenizer(base)
+    check_vocabulary(base, load_config(base), tokenizer)
     dataset, report = build_dataset(
         settings.data.data_path,
         tokenizer,
@@ -55,8 +57,8 @@ def train(settings: Settings) -> None:
         cache_dir=settings.data.cache_dir,
     )
     say(f"data: {report}")
-    model = build_model(settings, args, tokenizer)
-    trainer = SftTrainer(
+    model = build_model(settings, args)
+    trainer: Any = SftTrainer(
         model=model,
         args=args,
         train_dataset=dataset,
@@ -69,7 +71,7 @@ def train(settings: Settings) -> None:
     if settings.lora.use_lora:
         report_change(relative_change(trainer.model))
     if trainer.is_world_process_zero():
-        plot_loss(trainer.state.log_history, Path(args.output_dir) / "loss.png")
+        plot_loss(trainer.state.log_history, Path(str(args.output_dir)) / "loss.png")
     say(f"\nTalk to the result:\n  baichuan-sft chat {args.output_dir}")
 
 
@@ -144,6 +146,8 @@ def zero_stage(path: str | None) -> int:
         config = json.loads(Path(path).read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}:{error.colno}: not JSON: {error.msg}.") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: expected an object, got {type(config).__name__}.")
     return config.get("zero_optimization", {}).get("stage", 0)
 
 
@@ -154,6 +158,8 @@ def training_arguments(settings: Settings) -> SftTrainingArguments:
         UserError: values that transformers or DeepSpeed do not take together.
     """
     values = dict(settings.training, remove_unused_columns=False, disable_tqdm=False)
+    if values["ddp_find_unused_parameters"] is None:
+        values["ddp_find_unused_parameters"] = False  # there are none, and looking for them costs a pass
     _choose_checkpointing(values)
     try:
         return SftTrainingArguments(**values)
@@ -176,16 +182,11 @@ def _choose_checkpointing(values: dict[str, Any]) -> None:
         del values[old]
 
 
-def build_model(settings: Settings, args: Any, tokenizer: Any) -> Any:
+def build_model(settings: Settings, args: Any) -> Any:
     """The base model with LoRA adapters, or with its frozen part; the log says what is trained."""
     from baichuan_sft.train.adapters import add_lora, count_parameters, freeze
 
     model = load_base(settings, args)
-    if model.config.vocab_size < len(tokenizer):
-        raise UserError(
-            f"{settings.model.model_name_or_path}: the embedding has {model.config.vocab_size} rows, the "
-            f"tokenizer {len(tokenizer)} pieces: is it the other Baichuan generation's tokenizer?"
-        )
     prepare_generation(model)
     if settings.lora.use_lora:
         model = add_lora(model, settings.lora)
@@ -207,13 +208,11 @@ def load_base(settings: Settings, args: Any) -> Any:
 
     half = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
     keeps_master = bool(args.deepspeed) or settings.lora.use_lora
-    model = load_model(
+    return load_model(
         settings.model.model_name_or_path,
         dtype=half if keeps_master else torch.float32,
         attn=settings.model.attn,
-    )
-    model.config.use_cache = False
-    return model.train()
+    ).train()
 
 
 def prepare_generation(model: Any) -> None:

@@ -67,7 +67,7 @@ class SftTrainer(Trainer):
         num_targets = int((inputs["labels"][:, 1:] != IGNORE).sum())
         real = int(inputs["attention_mask"].sum())
         self.counts += torch.tensor([inputs["input_ids"].numel(), real, num_targets])
-        loss = super().compute_loss(model, inputs, False, num_items_in_batch)
+        loss: Any = super().compute_loss(model, inputs, False, num_items_in_batch)
         value = loss.item()
         if not math.isfinite(value):
             self._stop(f"the loss is {value}")
@@ -114,6 +114,8 @@ class SftTrainer(Trainer):
         output_dir = output_dir or self.args.output_dir
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:
+            # A pickle, of what run.json says in text.
+            Path(output_dir, "training_args.bin").unlink(missing_ok=True)
             self.record.write(output_dir)
             if is_adapter(output_dir):
                 self._base_model().generation_config.save_pretrained(output_dir)
@@ -131,11 +133,12 @@ class SftTrainer(Trainer):
     def _compare_reloaded(self, path: str | Path) -> None:
         vocab_size = self._base_model().config.vocab_size
         probe = torch.arange(PROBE_TOKENS)[None] * (vocab_size // PROBE_TOKENS)
-        was_training = self.model.training
         # ZeRO-3 gathers each layer over all ranks, so all of them run the live model.
-        self.model_wrapped.eval()
-        live = self.model_wrapped(input_ids=probe.to(self.args.device)).logits.float().cpu()
-        self.model_wrapped.train(was_training)
+        model: Any = self.model_wrapped
+        was_training = model.training
+        model.eval()
+        live = model(input_ids=probe.to(self.args.device)).logits.float().cpu()
+        model.train(was_training)
         if not self.args.should_save:
             return
         with outside_zero3(), torch.random.fork_rng():
@@ -164,7 +167,8 @@ class Stage0Norm(TrainerCallback):
 
         def keep_norm_and_clip():
             grads = [p.grad for p in engine.module.parameters() if p.grad is not None]
-            engine._global_grad_norm = torch.nn.utils.get_total_norm(grads)
+            norms = [torch.linalg.vector_norm(grad, dtype=torch.float64) for grad in grads]
+            engine._global_grad_norm = torch.linalg.vector_norm(torch.stack(norms))
             clip()
 
         engine.clip_fp32_gradients = keep_norm_and_clip
