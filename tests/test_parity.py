@@ -5,7 +5,7 @@ import json
 import shutil
 
 import pytest
-from fixtures import ROOT, SHARED, needs_shared
+from fixtures import ROOT, SHARED
 from launching import deepspeed, flags, log_of, make_nano
 
 pytestmark = pytest.mark.slow
@@ -30,10 +30,14 @@ def zero_config(path, stage, offload=False):
 def runs(tmp_path_factory):
     """name -> log, of every way to run the same updates; two launches in all."""
     root = tmp_path_factory.mktemp("parity")
-    nano = make_nano(root / "nano", "--hidden_size", 64, "--intermediate_size", 96)
+    words, data = ["--hidden_size", 32, "--intermediate_size", 48], ROOT / "data" / "belle_chat.json"
+    if SHARED.is_dir():  # real conversations and the vendor's 125,696 pieces, where they are at hand
+        words += ["--tokenizer", SHARED / "tokenizer" / "baichuan2" / "tokenizer.model"]
+        data = SHARED / "data" / "smile_belle_10k.json"
     common = dict(
-        model_name_or_path=nano,
-        data_path=ROOT / "data" / "belle_chat.json",
+        model_name_or_path=make_nano(root / "nano", *words),
+        data_path=data,
+        model_max_length=64,
         max_steps=STEPS,
         learning_rate=1e-3,
         save_strategy="no",
@@ -63,6 +67,7 @@ def runs(tmp_path_factory):
     half = dict(deepspeed=root / "zero3.json", per_device_train_batch_size=GLOBAL_BATCH // 2)
     plans[2]["checkpointing zero3"] = dict(half, gradient_checkpointing=True)
     for kind in ("full", "lora"):
+        plans[2][f"long {kind}"] = dict(half, use_lora=kind == "lora", max_steps=50, learning_rate=5e-3)
         saved = f"saved {kind}"
         plans[2][saved] = dict(half, use_lora=kind == "lora", save_strategy="steps", save_steps=STEPS // 2)
         checkpoint = root / saved / f"checkpoint-{STEPS // 2}"
@@ -125,36 +130,14 @@ def test_bf16_follows_fp32(runs):
         assert abs(a["loss"] - b["loss"]) < 0.1, (a, b)
 
 
-def test_the_runs_learn_and_differ_where_they_should(runs):
+def test_fifty_updates_of_two_processes_under_zero3_learn(runs):
+    for kind, least in (("full", 1.0), ("lora", 0.02)):  # LoRA on random weights can only move a little
+        losses = [row["loss"] for row in runs[f"long {kind}"]]
+        assert len(losses) == 50
+        assert sum(losses[-5:]) / 5 < sum(losses[:5]) / 5 - least, losses
+
+
+def test_full_and_lora_differ_where_they_should(runs):
     full, lora = runs["1p zero0 full"], runs["1p zero0 lora"]
-    assert full[-1]["loss"] < full[0]["loss"] - 0.3
-    assert lora[-1]["loss"] < lora[0]["loss"]
     assert full[0]["loss"] == pytest.approx(lora[0]["loss"], abs=TOLERANCE)  # fresh adapters change nothing
     assert abs(full[1]["loss"] - lora[1]["loss"]) > 100 * TOLERANCE
-
-
-@needs_shared
-@pytest.mark.parametrize("lora", [False, True])
-def test_real_data_and_vocabulary_under_zero3(lora, tmp_path):
-    words = ["--tokenizer", SHARED / "tokenizer" / "baichuan2" / "tokenizer.model", "--hidden_size", 64]
-    nano = make_nano(tmp_path / "nano", *words, "--intermediate_size", 96)
-    done = deepspeed(
-        ROOT / "fine-tune" / "fine-tune.py",
-        *flags(
-            model_name_or_path=nano,
-            data_path=SHARED / "data" / "smile_belle_10k.json",
-            output_dir=tmp_path / "out",
-            deepspeed=ROOT / "ds_config.json",
-            model_max_length=64,
-            per_device_train_batch_size=4,
-            max_steps=50,
-            learning_rate=2e-3,
-            use_lora=lora,
-            save_strategy="no",
-        ),
-    )
-    assert done.returncode == 0, done.stdout[-4000:]
-    losses = [row["loss"] for row in log_of(tmp_path / "out")]
-    assert len(losses) == 50
-    first, last = sum(losses[:5]) / 5, sum(losses[-5:]) / 5
-    assert last < first - (0.05 if lora else 1.0), losses  # LoRA on a random base can only move a little

@@ -132,7 +132,9 @@ class _ChunkedLossSum(torch.autograd.Function):
                 logits *= inverse_norms
             part, grad = _chunk_loss_and_grad(logits, targets[start : start + size], z_scale)
             loss += part
-            if d_weight is not None:
+            if d_weight is not None and weight.dtype == torch.float32:
+                d_weight.addmm_(grad.T, chunk)  # without a second (V, D)
+            elif d_weight is not None:
                 d_weight += grad.to(weight.dtype).T @ chunk
             if d_hidden is not None:
                 grad = grad if inverse_norms is None else grad.mul_(inverse_norms)
