@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -18,6 +19,9 @@ COMMANDS = {
     "preview": ("baichuan_sft.preview:preview", "show conversations as tokens, trained and not"),
     "chat": ("baichuan_sft.infer.terminal:main", "talk to a model, an adapter or a checkpoint"),
 }
+
+# What gloo and NCCL say of a rank that is gone.
+LOST_PEER = re.compile(r"closed by peer|reset by peer|Broken pipe|remote process exited", re.IGNORECASE)
 
 EXAMPLE = """example:
   baichuan-sft preview data/belle_chat.json --tokenizer data/tokenizer/baichuan2_like.model
@@ -45,6 +49,11 @@ def run(command: Callable[[list[str]], int], argv: list[str]) -> int:
                 flush=True,
             )
         return error.exit_code
+    except RuntimeError as error:
+        if os.environ.get("RANK", "0") == "0" or not LOST_PEER.search(str(error)):
+            raise
+        print(f"error (rank {os.environ['RANK']}): another rank ended; its error says why", file=sys.stderr)
+        return 5
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -1,4 +1,4 @@
-"""The four models of the family, by name: shape, special ids, LoRA targets, source."""
+"""The four models of the family, by name: shape, size, source; and the linears LoRA may adapt."""
 
 from __future__ import annotations
 
@@ -27,7 +27,6 @@ class Variant:
     config: dict[str, Any]
     num_parameters: int
     source: str
-    lora_targets: tuple[str, ...] = LINEARS
 
 
 VARIANTS = {

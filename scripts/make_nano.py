@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
+from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
 from baichuan_sft import BaichuanConfig, BaichuanForCausalLM, load_tokenizer  # noqa: E402
 from baichuan_sft.variants import VARIANTS  # noqa: E402
@@ -28,6 +29,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=value)
     args = parser.parse_args()
 
+    disable_progress_bar()
     torch.manual_seed(args.seed)
     tokenizer = load_tokenizer(args.tokenizer)
     shape = {name: getattr(args, name) for name in NANO}

@@ -120,6 +120,12 @@ def test_lora_options_reach_the_adapter(train, options, expected):
     assert {name: config[name] for name in expected} == expected
 
 
+def test_lora_in_bf16_on_a_base_stored_in_fp32(train):
+    # On the CPU bf16 without DeepSpeed: the base is loaded in bf16, the file holds fp32.
+    out = train(use_lora=True, bf16=True)
+    assert load_model(out, dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
 def test_freeze_keeps_what_matches(train, nano):
     out = train(freeze="model.embed_tokens,model.layers.0.*")
     before, after = load_model(nano), load_model(out)
@@ -249,6 +255,9 @@ REQUIRED = flags(model_name_or_path=ROOT / "tests/golden/baichuan-7b/a", data_pa
         ("--model_max_length 0", "--model_max_length is 0"),
         ("--use_lora True --lora_dropout 1.5", "--lora_dropout is 1.5"),
         ("--lora_rank 8", "--lora_rank is given without --use_lora True"),
+        ("--use_dora True", "--use_dora is given without --use_lora True"),
+        ("--lora_preset vendor", "--lora_preset is given without --use_lora True"),
+        ("--eval_strategy epoch", "--eval_strategy epoch is not possible: training does not evaluate"),
         ("--freeze x --use_lora True", "LoRA freezes all weights"),
         ("--bf16 True --fp16 True", "--bf16 and --fp16 are both True"),
         ("--deepspeed no.json", "--deepspeed no.json: no such file"),
@@ -262,8 +271,13 @@ def test_refused_before_anything_is_loaded(words, message):
         parse([*REQUIRED, *words.split()])
 
 
+def test_an_output_directory_is_needed():
+    with pytest.raises(UserError, match="--output_dir is missing"):
+        parse(REQUIRED[:4])
+
+
 def test_missing_paths_name_where_was_looked():
-    with pytest.raises(UserError, match=r"--data_path no\.json: no such file in .* or "):
+    with pytest.raises(UserError, match=r"--data_path no\.json: no such file in .*\w"):
         parse(flags(model_name_or_path="tests", data_path="no.json", output_dir="out"))
     with pytest.raises(UserError, match="--model_name_or_path org/name: no such directory"):
         parse(flags(model_name_or_path="org/name", data_path=DATA, output_dir="out"))
@@ -282,6 +296,21 @@ def test_what_a_cpu_cannot_honour_is_said_or_refused():
     ]
     with pytest.raises(UserError, match="CPU trains in bfloat16 or fp32 only") as refused:
         parse([*REQUIRED, "--fp16", "True"])
+    assert refused.value.exit_code == 3
+
+
+def test_precision_follows_the_gpu_unless_given(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    settings = parse(REQUIRED)
+    assert settings.training["bf16"] is True and any("bf16 True" in line for line in settings.notices)
+    assert parse([*REQUIRED, "--bf16", "False"]).training["bf16"] is False
+    assert parse([*REQUIRED, "--fp16", "True"]).training["bf16"] is False
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 0))
+    assert parse(REQUIRED).training["bf16"] is False
+    with pytest.raises(UserError, match=r"a GPU \(7\.0\) has no bfloat16") as refused:
+        parse([*REQUIRED, "--bf16", "True"])
     assert refused.value.exit_code == 3
 
 

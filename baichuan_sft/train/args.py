@@ -22,6 +22,12 @@ class ModelArguments:
     attn: str = field(
         default="sdpa", metadata={"help": "Attention implementation.", "choices": ["sdpa", "eager"]}
     )
+    check_reload: bool = field(
+        default=True,
+        metadata={
+            "help": "Load the first save again and compare logits; takes the model's size in host RAM."
+        },
+    )
     freeze: str | None = field(
         default=None,
         metadata={
@@ -37,9 +43,7 @@ class DataArguments:
     _argument_group_name = "data"
 
     data_path: str = field(metadata={"help": "Conversations: JSON array or JSONL files, commas between."})
-    data_format: str | None = field(
-        default=None, metadata={"help": "Format of the records; else told by their keys."}
-    )
+    data_format: str | None = field(default=None, metadata={"help": "Format of the records; default belle."})
     model_max_length: int = field(
         default=512, metadata={"help": "Longest conversation, tokens; the rest is cut."}
     )
@@ -84,6 +88,7 @@ class LoraArguments:
 class SftTrainingArguments(TrainingArguments):
     """transformers' TrainingArguments with this project's defaults."""
 
+    output_dir: str | None = field(default=None, metadata={"help": "Where the result goes; required."})
     learning_rate: float | None = field(  # type: ignore[assignment]
         default=None, metadata={"help": "Peak learning rate; default 2e-5 (full) or 2e-4 (LoRA)."}
     )
@@ -91,10 +96,14 @@ class SftTrainingArguments(TrainingArguments):
         default="cosine",
         metadata={"help": "Course of the learning rate: cosine, constant, linear, ... (transformers)."},
     )
+    bf16: bool | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={"help": "bfloat16; default True on a GPU that has it.", "nargs": "?", "const": True},
+    )
     report_to: str | None = field(default="none", metadata={"help": "Integrations to report to."})  # type: ignore[assignment]
     logging_steps: float = field(default=1, metadata={"help": "Log every so many updates."})
-    adam_beta2: float = field(default=0.98, metadata={"help": "Baichuan2's recipe."})
-    weight_decay: float = field(default=1e-4, metadata={"help": "Baichuan2's recipe."})
+    adam_beta2: float = field(default=0.98, metadata={"help": "As in Baichuan2's recipe."})
+    weight_decay: float = field(default=1e-4, metadata={"help": "As in Baichuan2's recipe."})
     save_strategy: str = field(
         default="epoch", metadata={"help": "When to save.", "choices": ["no", "steps", "epoch"]}
     )  # type: ignore[assignment]
@@ -116,6 +125,24 @@ GONE = {
     "save_safetensors": "checkpoints are always safetensors",
     "logging_dir": "logs go to output_dir/trainer_log.jsonl",
     "overwrite_output_dir": "files of the same name in output_dir are replaced",
+}
+# What would be ignored, or fail in the middle of a run: flag -> its only value, and why.
+FIXED: dict[str, tuple[Any, str]] = {
+    "eval_strategy": ("no", "training does not evaluate"),
+    "do_eval": (False, "training does not evaluate"),
+    "do_predict": (False, "use `baichuan-sft chat`"),
+    "load_best_model_at_end": (False, "training does not evaluate"),
+    "label_names": (None, "the labels come from the conversations"),
+    "push_to_hub": (False, "upload output_dir when it is complete"),
+}
+# Where transformers' own words do not say what happens here.
+HELP = {
+    "gradient_checkpointing": "Recompute activations in backward: less memory, about 30 %% more time.",
+    "resume_from_checkpoint": "A checkpoint directory, or True: the newest one in output_dir.",
+    "save_total_limit": "Keep so many checkpoints, the newest; default all.",
+    "deepspeed": "DeepSpeed configuration, e.g. ds_config.json (ZeRO-3); looked for here, then in the root.",
+    "max_steps": "Updates in all, instead of num_train_epochs.",
+    "use_cpu": "Train on the CPU where there is a GPU too.",
 }
 # What --help shows of transformers' two hundred flags.
 COMMON = """output_dir num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps

@@ -24,6 +24,15 @@ class _Parser(HfArgumentParser):
         raise UserError(f"{message}. See --help.")
 
 
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Adds the default where the help says nothing of it."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        text = action.help or ""
+        silent = action.default in (None, argparse.SUPPRESS, "") or "default" in text or action.required
+        return text if silent else f"{text} Default %(default)s."
+
+
 EXAMPLE = """example:
   deepspeed --num_gpus 8 fine-tune/fine-tune.py --model_name_or_path Baichuan2-7B-Base \\
       --data_path data/belle_chat.json --output_dir out --deepspeed ds_config.json --bf16 True --use_lora True
@@ -37,23 +46,22 @@ def build_parser(show_all: bool = False) -> argparse.ArgumentParser:
     parser = _Parser(
         sections,
         prog="baichuan-sft train",
+        usage="%(prog)s --model_name_or_path DIR --data_path FILE --output_dir DIR [flags]",
         description="Fine-tune a Baichuan model on conversations, all weights or LoRA.",
         epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_Help,
         allow_abbrev=False,
     )
     parser.add_argument("--config", metavar="FILE", help="YAML or JSON file with these flags as keys.")
     parser.add_argument("--help_all", action="help", help="Show every flag and exit.")
-    ours = {f.name for section in tables.SECTIONS[:3] for f in dataclasses.fields(section)} | {
-        "config",
-        "help",
-        "help_all",
-    }
+    ours = {f.name for section in tables.SECTIONS[:3] for f in dataclasses.fields(section)}
+    ours |= {"config", "help", "help_all"}
     for action in parser._actions:
+        # transformers adds each flag with hyphens too; `_modernise` reads those, the help need not.
+        action.option_strings = [word for word in action.option_strings if "-" not in word[2:]]
+        action.help = tables.HELP.get(action.dest, action.help)
         if not show_all and action.dest not in ours and action.dest not in tables.COMMON:
             action.help = argparse.SUPPRESS
-        elif action.dest == "gradient_checkpointing":
-            action.help = "Recompute activations in the backward pass: less memory, about 30 %% more time."
     return parser
 
 
@@ -166,6 +174,11 @@ def _check_limits(values: dict[str, Any]) -> None:
             raise UserError(f"--{name} is {value:g}; it must be {rule}.")
     if values["max_steps"] < -1 or values["max_steps"] == 0:
         raise UserError(f"--max_steps is {values['max_steps']}; it must be >= 1, or -1 for num_train_epochs.")
+    for name, (only, why) in tables.FIXED.items():
+        if values[name] != only:
+            raise UserError(f"--{name} {values[name]} is not possible: {why}; leave the flag out.")
+    if values["output_dir"] is None:
+        raise UserError("--output_dir is missing: where shall the result go?")
     if values["bf16"] and values["fp16"]:
         raise UserError("--bf16 and --fp16 are both True; keep one.")
     if values["freeze"] and values["use_lora"]:
@@ -183,7 +196,8 @@ def find_file(flag: str, path: str) -> str:
     for candidate in (Path(path), ROOT / path):
         if candidate.exists():
             return str(candidate.resolve())
-    raise UserError(f"--{flag} {path}: no such file in {os.getcwd()} or {ROOT}.")
+    places = dict.fromkeys([os.getcwd(), str(ROOT)])
+    raise UserError(f"--{flag} {path}: no such file in {' or '.join(places)}.")
 
 
 def _resolve_paths(values: dict[str, Any]) -> None:
@@ -209,6 +223,10 @@ def _fit_to_machine(values: dict[str, Any], notices: list[str]) -> None:
     if values["tf32"] and capability < (8, 0):
         notices.append(f"--tf32 True is left out: {device} has no TF32, it came with compute capability 8.0")
         values["tf32"] = None
+    if values["bf16"] is None:
+        values["bf16"] = capability >= (8, 0) and not values["fp16"]
+        if values["bf16"]:
+            notices.append(f"bf16 True: the default on {device}; --bf16 False trains in fp32")
     if values["bf16"] and on_gpu and capability < (8, 0):
         raise EnvironmentFault(
             f"--bf16 True: {device} has no bfloat16; use --fp16 True, or neither for fp32."
@@ -225,9 +243,9 @@ def _fill_defaults(values: dict[str, Any], notices: list[str]) -> None:
     if values["learning_rate"] is None:
         values["learning_rate"] = tables.LEARNING_RATES[kind]
         notices.append(f"learning_rate {values['learning_rate']:g}: the default of {kind} training")
-    given = [name for name in ("lora_rank", "lora_alpha", "lora_dropout") if values[name] is not None]
-    if given and not values["use_lora"]:
-        raise UserError(f"--{given[0]} is given without --use_lora True, and would do nothing.")
+    for option in dataclasses.fields(tables.LoraArguments):
+        if not values["use_lora"] and values[option.name] != option.default:
+            raise UserError(f"--{option.name} is given without --use_lora True, and would do nothing.")
     for name, value in zip(
         ("lora_rank", "lora_alpha", "lora_dropout"), tables.LORA_PRESETS[values["lora_preset"]]
     ):

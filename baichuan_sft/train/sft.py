@@ -46,8 +46,8 @@ def train(settings: Settings) -> None:
         say(notice)
     set_seed(args.seed)
     base = settings.model.model_name_or_path
-    tokenizer = load_tokenizer(base)
-    check_vocabulary(base, load_config(base), tokenizer)
+    config, tokenizer = load_config(base), load_tokenizer(base)
+    check_vocabulary(base, config, tokenizer)
     dataset, report = build_dataset(
         settings.data.data_path,
         tokenizer,
@@ -65,6 +65,7 @@ def train(settings: Settings) -> None:
         data_collator=ItemCollator(tokenizer.pad_token_id),
         processing_class=tokenizer,
         record=run_record(settings, args, tokenizer, report),
+        check_reload=settings.model.check_reload,
     )
     trainer.train(resume_from_checkpoint=settings.training["resume_from_checkpoint"])
     trainer.save_model()
@@ -157,7 +158,7 @@ def training_arguments(settings: Settings) -> SftTrainingArguments:
     Raises:
         UserError: values that transformers or DeepSpeed do not take together.
     """
-    values = dict(settings.training, remove_unused_columns=False, disable_tqdm=False)
+    values = dict(settings.training, remove_unused_columns=False)
     if values["ddp_find_unused_parameters"] is None:
         values["ddp_find_unused_parameters"] = False  # there are none, and looking for them costs a pass
     _choose_checkpointing(values)

@@ -42,18 +42,20 @@ class SftTrainer(Trainer):
 
     Args:
         record: written beside every save.
+        check_reload: load the first save again, on the CPU, and compare its logits.
     """
 
-    def __init__(self, *, record: RunRecord, **kwargs: Any) -> None:
+    def __init__(self, *, record: RunRecord, check_reload: bool, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.record = record
+        self.check_reload = check_reload
         self.items_of_update: list[int] = []
         self.counts = torch.zeros(3)  # computed, real, target tokens since the last log, this rank
         self.counted_since = time.monotonic()
-        self.reload_checked = False
         for callback in (ProgressCallback, PrinterCallback):
             self.remove_callback(callback)
-        self.add_callback(ProgressBar() if sys.stderr.isatty() else LogLines())
+        bar = sys.stderr.isatty() and not self.args.disable_tqdm
+        self.add_callback(ProgressBar() if bar else LogLines())
         self.add_callback(record)
         self.add_callback(Stage0Norm(self))
 
@@ -120,9 +122,9 @@ class SftTrainer(Trainer):
             if is_adapter(output_dir):
                 self._base_model().generation_config.save_pretrained(output_dir)
             verify(output_dir)
-        if not self.reload_checked:
+        if self.check_reload:
             self._compare_reloaded(output_dir)
-            self.reload_checked = True
+            self.check_reload = False
         self.accelerator.wait_for_everyone()
 
     def _base_model(self):
@@ -141,11 +143,11 @@ class SftTrainer(Trainer):
         model.train(was_training)
         if not self.args.should_save:
             return
+        dtype = next(model.parameters()).dtype  # a base stored in fp32 may be trained in bf16
         with outside_zero3(), torch.random.fork_rng():
-            reloaded = load_model(path)
-            saved = reloaded(input_ids=probe).logits.float()
+            saved = load_model(path, dtype=dtype)(input_ids=probe).logits.float()
         gap, scale = (live - saved).abs().max().item(), live.abs().max().item()
-        tolerance = RELOAD_TOLERANCE[reloaded.dtype] * max(scale, 1.0)
+        tolerance = RELOAD_TOLERANCE[dtype] * max(scale, 1.0)
         if not gap <= tolerance:
             raise CheckpointFault(
                 f"{path}: the reloaded model's logits differ from the live ones by {gap:.2g}, more than "
