@@ -12,6 +12,14 @@ from baichuan_sft.infer.terminal import COMMANDS, Conversation, converse
 from baichuan_sft.model.modeling_baichuan import BaichuanForCausalLM
 
 
+@pytest.fixture(autouse=True)
+def ctrl_c_interrupts():
+    """A shell that starts the tests in the background has SIGINT ignored, and Python then leaves it so."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 class Scripted:
     """Answers with the given states of a growing text; an exception among them is raised, a signal sent."""
 

@@ -15,7 +15,7 @@ from baichuan_sft.data.formats import Message
 from baichuan_sft.data.template import render
 from baichuan_sft.errors import CheckpointFault, NumericalFault, UserError
 from baichuan_sft.train.parse import parse
-from baichuan_sft.train.sft import main
+from baichuan_sft.train.sft import main, training_arguments, use_one_device
 
 DATA = ROOT / "data" / "belle_chat.json"
 
@@ -312,6 +312,15 @@ def test_precision_follows_the_gpu_unless_given(monkeypatch):
     with pytest.raises(UserError, match=r"a GPU \(7\.0\) has no bfloat16") as refused:
         parse([*REQUIRED, "--bf16", "True"])
     assert refused.value.exit_code == 3
+
+
+def test_one_process_uses_one_of_many_gpus_and_says_so():
+    settings = parse([*REQUIRED, "--use_cpu", "True"])
+    args = training_arguments(settings)
+    args._n_gpu = 4
+    notices = []
+    assert use_one_device(args, notices).n_gpu == 1
+    assert "1 of 4 GPUs is used" in notices[0]
 
 
 @pytest.mark.parametrize("text", ["a: [1", "- 1", "learning_rat: 1", "lora_rank: {a: 1}"])

@@ -163,9 +163,18 @@ def training_arguments(settings: Settings) -> SftTrainingArguments:
         values["ddp_find_unused_parameters"] = False  # there are none, and looking for them costs a pass
     _choose_checkpointing(values)
     try:
-        return SftTrainingArguments(**values)
+        args = SftTrainingArguments(**values)
     except ValueError as error:
         raise UserError(" ".join(str(error).split())) from None
+    return use_one_device(args, settings.notices)
+
+
+def use_one_device(args: SftTrainingArguments, notices: list[str]) -> SftTrainingArguments:
+    """Without a launcher transformers would split each batch over all GPUs by threads, a way nobody tests."""
+    if args.n_gpu > 1:
+        notices.append(f"1 of {args.n_gpu} GPUs is used; `deepspeed --num_gpus {args.n_gpu} ...` uses all")
+        args._n_gpu = 1
+    return args
 
 
 def _choose_checkpointing(values: dict[str, Any]) -> None:
