@@ -6,8 +6,8 @@ BIN := .venv/bin
 GPU := $(shell command -v nvidia-smi)
 # Named alone and first: a range would take a newer build, with gigabytes of CUDA packages on a machine without a GPU.
 TORCH := torch==2.13.0
-EXTRAS := dev$(if $(GPU),$(comma)gpu)
 comma := ,
+EXTRAS := dev$(if $(GPU),$(comma)gpu)
 
 .PHONY: demo test test-fast lint bench clean
 

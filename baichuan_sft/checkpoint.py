@@ -8,7 +8,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
-from baichuan_sft.errors import CheckpointFault, UserError
+from baichuan_sft.errors import CheckpointFault, UserError, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -76,6 +76,8 @@ def load_config(path: str | Path) -> BaichuanConfig:
     path = Path(path)
     if not path.is_dir():
         raise UserError(f"{path}: no such directory.")
+    if is_adapter(path) and not (path / "config.json").is_file():
+        raise UserError(f"{path}: an adapter, not a model; its base is {base_of(path)}.")
     raw = read_json(path / "config.json")
     if raw.get("model_type") != "baichuan":
         raise UserError(
@@ -181,10 +183,6 @@ def file_shapes(path: Path) -> Shapes:
     return shapes
 
 
-def first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 def compare_shapes(path: str | Path, found: Shapes, expected: Shapes) -> None:
     """
     Raises:
@@ -237,7 +235,7 @@ def verify(path: str | Path) -> None:
 
     Raises:
         CheckpointFault: the files are not what the configuration says.
-        UserError: an adapter whose base is not here.
+        UserError: an adapter whose base is not here, or is another model.
     """
     path = Path(path)
     if not is_adapter(path):
@@ -248,7 +246,7 @@ def verify(path: str | Path) -> None:
     try:
         compare_shapes(path, found, expected)
     except CheckpointFault as fault:
-        raise CheckpointFault(
+        raise UserError(
             f"{fault} Its base is {base}; if it was trained on another model, set base_model_name_or_path in "
             "adapter_config.json to that one."
         ) from None

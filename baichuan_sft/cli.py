@@ -48,15 +48,28 @@ def run(command: Callable[[list[str]], int], argv: list[str]) -> int:
                 file=sys.stderr,
                 flush=True,
             )
-        return error.exit_code
+        return leave(error.exit_code)
     except RuntimeError as error:
         if os.environ.get("RANK", "0") == "0" or not LOST_PEER.search(str(error)):
             raise
         print(f"error (rank {os.environ['RANK']}): another rank ended; its error says why", file=sys.stderr)
-        return 5
+        return leave(5)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def leave(exit_code: int) -> int:
+    """The exit code; inside a process group the process ends here, so that its launcher ends the others.
+
+    Taking the group down in order would wait for ranks that wait for this one.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(exit_code)
+    return exit_code
 
 
 def usage() -> str:

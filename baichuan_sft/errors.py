@@ -52,3 +52,8 @@ def pick(kind: str, name: str, table: Mapping[str, T]) -> T:
         return table[name]
     close = suggest(name, list(table)) or "."
     raise UserError(f"unknown {kind} {name!r}{close} Known: {', '.join(sorted(table))}.")
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line; its name where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

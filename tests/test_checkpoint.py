@@ -289,8 +289,9 @@ def test_adapter_of_another_base(other, message, base, tmp_path):
     adapter = save_adapter(tmp_path / "adapter", base)
     foreign = save_base(tmp_path / "foreign", **other)
     edit_json(adapter / "adapter_config.json", base_model_name_or_path=str(foreign))
-    with pytest.raises(CheckpointFault, match=message) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         load_model(adapter)
+    assert caught.value.exit_code == 2
     assert f"Its base is {foreign}; if it was trained on another model, set" in str(caught.value)
 
 

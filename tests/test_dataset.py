@@ -9,7 +9,6 @@ import time
 import pytest
 from fixtures import ROOT, SHARED, SMALL_VOCABULARY, needs_shared
 
-from baichuan_sft.data import segments
 from baichuan_sft.data.dataset import DataReport, build_dataset
 from baichuan_sft.data.formats import parse
 from baichuan_sft.data.reader import read_records
@@ -197,14 +196,6 @@ def test_control_token_texts_give_no_control_ids(build, tokenizer):
     for name in ["47_special_user_reserved107", "48_special_user_eos", "49_special_in_gpt"]:
         for ids in build([SHARED / "badinput" / f"{name}.json"])[0]["input_ids"]:
             assert [token for token in ids if token in tokenizer.control_ids] == [195, 196, 2]
-
-
-def test_num_proc_gives_the_same(build, tmp_path, monkeypatch):
-    alone = build([CHAT])
-    monkeypatch.setattr("baichuan_sft.data.dataset.CHUNK", 16)
-    parallel = build([CHAT], num_proc=2, cache_dir=tmp_path / "other")
-    assert parallel[1] == alone[1] and parallel[0].to_dict() == alone[0].to_dict()
-    assert segments._JOB is None
 
 
 def test_second_call_does_not_tokenise(build, tokenizer, monkeypatch):

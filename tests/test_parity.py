@@ -72,6 +72,14 @@ def runs(tmp_path_factory):
         plans[2][saved] = dict(half, use_lora=kind == "lora", save_strategy="steps", save_steps=STEPS // 2)
         checkpoint = root / saved / f"checkpoint-{STEPS // 2}"
         plans[2][f"resumed {kind}"] = dict(half, use_lora=kind == "lora", resume_from_checkpoint=checkpoint)
+    for processes in (1, 2):  # six records in updates of four: the second has two
+        plans[processes][f"{processes}p epochs"] = dict(
+            deepspeed=root / "zero2.json",
+            data_path=ROOT / "data" / "belle_chat.jsonl",
+            per_device_train_batch_size=4 // processes,
+            num_train_epochs=STEPS // 2,
+            max_steps=-1,
+        )
     if shutil.which("g++"):  # DeepSpeed compiles its CPU optimizer
         plans[1]["offload zero3"] = dict(
             deepspeed=zero_config(root / "offload.json", 3, offload=True),
@@ -107,6 +115,15 @@ def test_stages_and_process_counts_agree(runs, stage, processes, kind):
 @pytest.mark.parametrize("cut", ["cut 4x2", "cut 1x8", "no deepspeed", "checkpointing zero3"])
 def test_other_cuts_of_the_same_batch_agree(runs, cut):
     assert_agree(runs[cut], runs["1p zero0 full"])
+
+
+def test_the_end_of_an_epoch_agrees_too(runs):
+    assert_agree(runs["2p epochs"], runs["1p epochs"])
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason=f"{SHARED} is absent: these runs used the sample data")
+def test_the_runs_are_on_real_conversations(runs):
+    assert runs["1p zero0 full"][0]["loss"] > 11  # ln(125,696) is 11.7, ln(6,144) is 8.7
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="DeepSpeed's CPU optimizer needs a C++ compiler")

@@ -140,7 +140,7 @@ def test_models_and_exit_codes_are_the_codes(text):
         assert (head == "NormHead") == (config.lm_head == "norm")
     (codes,) = re.findall(r"^(?:Exit codes: |退出码：)(.*?)\n\n", text, re.MULTILINE | re.DOTALL)
     named = {int(code) for code in re.findall(r"(?:^|[;；]\s*)(\d+) ", codes)}
-    assert named == {0, 130} | {kind.exit_code for kind in (UserError, *UserError.__subclasses__())}
+    assert named == {0, 5, 130} | {kind.exit_code for kind in (UserError, *UserError.__subclasses__())}
 
 
 def test_files_exist(text):

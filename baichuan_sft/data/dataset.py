@@ -14,12 +14,13 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from baichuan_sft.data import formats, reader, template
+from baichuan_sft.data import formats, reader, segments, template
 from baichuan_sft.data.formats import Message
-from baichuan_sft.data.segments import CHUNK, Chunk, map_chunks, render_chunk, tally, tracked, write_arrow
+from baichuan_sft.data.segments import CHUNK, Chunk, render_chunk, tally, tracked, write_arrow
 from baichuan_sft.errors import EnvironmentFault, UserError, pick
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 CACHE_VERSION = 1  # raise when this file or segments.py changes what is written
 MAX_FINDINGS, MAX_SHOWN = 1000, 20
+NO_ITEM = -1  # the item of a segment that stands for no record
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,6 @@ def build_dataset(
     train_on: str = "all",
     data_format: str | None = None,
     cache_dir: str | Path | None = None,
-    num_proc: int | None = None,
 ) -> tuple[datasets.Dataset, DataReport]:
     """The segments of all files in order, from the cache where the same content was built before.
 
@@ -97,7 +98,6 @@ def build_dataset(
         train_on: "all" assistant turns or only the "last" one are targets.
         data_format: a name in ``formats.FORMATS``; None tells it from the record.
         cache_dir: default ``$BAICHUAN_SFT_CACHE``, else ``~/.cache/baichuan_sft``.
-        num_proc: processes that tokenise; None is this one alone.
     Returns:
         A dataset with the columns ``input_ids`` and ``labels`` (int32 lists of one length),
         ``length``, and ``item`` (number of the record, counted over all files); and its report.
@@ -119,9 +119,25 @@ def build_dataset(
     except UserError:
         read()  # a missing file is one finding among those of the other files
         raise
-    _once(entry, lambda: _build(entry, *read(), render, max_length=max_length, num_proc=num_proc))
+    _once(entry, lambda: _build(entry, *read(), render, max_length=max_length))
     report = DataReport(**json.loads((entry / "report.json").read_text()))
     return datasets.Dataset.from_file(str(entry / "data.arrow")), report
+
+
+def fill_last_update(dataset: datasets.Dataset, rows: int) -> datasets.Dataset:
+    """The dataset with empty segments up to a multiple of ``rows``, so that every update has as many.
+
+    Without them accelerate repeats records on the ranks that would have none, and an epoch's last update
+    counts these twice. An empty segment has one token and no target.
+    """
+    import datasets
+
+    num_empty = -len(dataset) % rows
+    if not num_empty:
+        return dataset
+    empty = {"input_ids": [0], "labels": [template.IGNORE], "length": 1, "item": NO_ITEM}
+    filler = datasets.Dataset.from_list([empty] * num_empty, features=dataset.features)
+    return datasets.concatenate_datasets([dataset, filler])
 
 
 def split_paths(paths: str | Sequence[str | Path]) -> list[str]:
@@ -209,8 +225,11 @@ def _once(entry: Path, build: Callable[[], None]) -> None:
 
 def _content_key(files: Sequence[str], tokenizer: Any, settings: dict[str, Any]) -> str:
     """sha256 over all that decides the ids: data, vocabulary, the code that reads and renders, settings."""
-    code: list[Any] = [formats, reader, template, type(tokenizer)]
-    settings = settings | {"sp_model_kwargs": tokenizer.sp_model_kwargs}
+    from baichuan_sft.model import sentencepiece_baichuan
+
+    code: list[Any] = [formats, reader, template, segments, sentencepiece_baichuan, type(tokenizer)]
+    versions = {"sentencepiece": version("sentencepiece"), "sp_model_kwargs": tokenizer.sp_model_kwargs}
+    settings = settings | versions
     parts = [str(CACHE_VERSION).encode(), json.dumps(settings, sort_keys=True).encode()]
     parts += [Path(inspect.getfile(source)).read_bytes() for source in code]
     parts.append(Path(tokenizer.vocab_file).read_bytes())
@@ -229,7 +248,6 @@ def _build(
     render: Callable[[tuple[int, list[list[Message]]]], Chunk],
     *,
     max_length: int,
-    num_proc: int | None,
 ) -> None:
     """Write ``entry`` as a whole or not at all: into a directory beside it, then renamed."""
     starts = range(0, len(conversations), CHUNK)
@@ -240,7 +258,7 @@ def _build(
     try:
         counts: Counter[str] = Counter()
         reach: list[int] = []
-        rendered = map_chunks(render, chunks, num_proc)
+        rendered = map(render, chunks)  # SentencePiece itself uses all cores
         write_arrow(temporary / "data.arrow", tally(tracked(rendered, len(chunks)), counts, reach))
         counts["trailing_user_turns_dropped"] = notes[formats.DROPPED_TRAILING_USER]
         counts["empty_user_turns"] = notes[formats.EMPTY_USER_TURN]

@@ -1,14 +1,13 @@
-"""Conversations to segments on disk: render, cut, count, write; in one process or several.
+"""Conversations to segments on disk: render, cut, count, write.
 
 # a segment is one conversation as ids and labels, cut to max_length
 """
 
 from __future__ import annotations
 
-import multiprocessing
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,29 +113,6 @@ def write_arrow(path: Path, batches: Iterable[pa.RecordBatch]) -> None:
             if writer is None:
                 writer = stack.enter_context(pa.ipc.new_stream(str(path), batch.schema))
             writer.write_batch(batch)
-
-
-_JOB: Callable[[Any], Chunk] | None = None
-
-
-def _do_job(chunk: Any) -> Chunk:
-    assert _JOB is not None
-    return _JOB(chunk)
-
-
-def map_chunks(job: Callable[[Any], Chunk], chunks: list[Any], num_proc: int | None) -> Iterator[Chunk]:
-    """``job`` over the chunks, in order; in ``num_proc`` forked processes where there are chunks for them."""
-    global _JOB
-    workers = min(num_proc or 1, len(chunks))
-    if workers <= 1:
-        yield from map(job, chunks)
-        return
-    _JOB = job  # children get it by fork: a tokenizer need not survive pickling
-    try:
-        with multiprocessing.get_context("fork").Pool(workers) as pool:
-            yield from pool.imap(_do_job, chunks)
-    finally:
-        _JOB = None
 
 
 def tracked(chunks: Iterator[Chunk], total: int) -> Iterator[Chunk]:

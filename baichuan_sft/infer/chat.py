@@ -6,7 +6,7 @@ import sys
 from typing import Any
 
 from baichuan_sft.arguments import Parser, at_least_1, number
-from baichuan_sft.errors import EnvironmentFault, UserError
+from baichuan_sft.errors import EnvironmentFault, UserError, first_line
 
 DTYPES = {"auto": "auto", "bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 EXAMPLE = """baichuan-sft chat out
@@ -124,7 +124,3 @@ def architecture(config: Any) -> str:
         if (known.position_embedding, known.lm_head) == (config.position_embedding, config.lm_head):
             return name
     raise AssertionError(f"no variant has {config.position_embedding} and {config.lm_head}")
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -75,7 +75,7 @@ def freeze(model: nn.Module, patterns: str) -> None:
         UserError: a pattern that matches nothing, or nothing left to train.
     """
     parameters = dict(model.named_parameters())
-    for pattern in patterns.split(","):
+    for pattern in map(str.strip, patterns.split(",")):
         matched = [
             name for name in parameters if fnmatch.fnmatch(name, pattern) or name.startswith(pattern + ".")
         ]

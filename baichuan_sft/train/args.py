@@ -126,14 +126,17 @@ GONE = {
     "logging_dir": "logs go to output_dir/trainer_log.jsonl",
     "overwrite_output_dir": "files of the same name in output_dir are replaced",
 }
-# What would be ignored, or fail in the middle of a run: flag -> its only value, and why.
-FIXED: dict[str, tuple[Any, str]] = {
-    "eval_strategy": ("no", "training does not evaluate"),
-    "do_eval": (False, "training does not evaluate"),
-    "do_predict": (False, "use `baichuan-sft chat`"),
-    "load_best_model_at_end": (False, "training does not evaluate"),
-    "label_names": (None, "the labels come from the conversations"),
-    "push_to_hub": (False, "upload output_dir when it is complete"),
+# What would be ignored, or fail in the middle of a run: why -> the flags that stay at their default.
+REFUSED = {
+    "training does not evaluate": "eval_strategy eval_steps eval_delay eval_on_start do_eval "
+    "eval_accumulation_steps eval_do_concat_batches per_device_eval_batch_size prediction_loss_only "
+    "load_best_model_at_end metric_for_best_model greater_is_better include_for_metrics batch_eval_metrics",
+    "use `baichuan-sft chat`": "do_predict",
+    "the head computes the loss itself": "label_smoothing_factor use_liger_kernel",
+    "the loss is the mean over all targets of an update": "average_tokens_across_devices",
+    "the data's columns are fixed": "remove_unused_columns label_names length_column_name",
+    "weights are split by DeepSpeed's ZeRO": "fsdp fsdp_config",
+    "upload output_dir when it is complete": "push_to_hub hub_model_id hub_token hub_strategy",
 }
 # Where transformers' own words do not say what happens here.
 HELP = {
@@ -171,6 +174,8 @@ LIMITS = {
     "adam_beta2": _number(0, high=1),
     "logging_steps": _number(0, strict=True),
     "save_steps": _number(0, strict=True),
+    "save_total_limit": _number(1),
+    "dataloader_num_workers": _number(0),
     "seed": _number(0),
     "model_max_length": _number(2),
     "lora_rank": _number(1),

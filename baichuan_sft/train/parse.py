@@ -80,10 +80,11 @@ def parse(argv: list[str]) -> Settings:
     config = dict(zip(argv, argv[1:])).get("--config")
     if config is not None:
         lines = _modernise(_read_config(config, known), notices)
+        _refuse_unknown_or_repeated(lines, known)
         given = {word.split("=")[0] for word in argv if word.startswith("--")}
         argv = [word for pair in zip(lines[::2], lines[1::2]) if pair[0] not in given for word in pair] + argv
     values = vars(parser.parse_args(argv))
-    _check_limits(values)
+    _check_limits(values, parser)
     _resolve_paths(values)
     _fit_to_machine(values, notices)
     _fill_defaults(values, notices)
@@ -142,10 +143,20 @@ def _read_config(path: str, known: set[str]) -> list[str]:
     """The file's entries as ``--key value`` words."""
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node, deep=False):
+            keys = [self.construct_object(key) for key, _ in node.value]
+            for key in keys:
+                if keys.count(key) > 1:
+                    raise UserError(f"{path}: {key} is given {keys.count(key)} times; keep one.")
+            return super().construct_mapping(node, deep)
+
     if not os.path.isfile(path):
         raise UserError(f"--config {path}: no such file.")
     try:
-        entries = yaml.safe_load(Path(path).read_text(encoding="utf-8"))  # JSON is YAML
+        entries = yaml.load(Path(path).read_text(encoding="utf-8"), Loader)  # JSON is YAML
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 at byte {error.start}.") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else path
@@ -154,6 +165,8 @@ def _read_config(path: str, known: set[str]) -> list[str]:
         raise UserError(f"{path}: expected flags as keys, got {type(entries).__name__}.")
     words: list[str] = []
     for key, value in entries.items():
+        if key == "config":
+            raise UserError(f"{path}: a config file cannot name another one.")
         if f"--{key}" not in known and key not in {*tables.RENAMED, *tables.GONE, tables.GROUP_BY_LENGTH[0]}:
             raise UserError(
                 f"{path}: unknown key {key!r}{suggest(str(key), [k[2:] for k in known]) or ','} see --help."
@@ -167,16 +180,17 @@ def _read_config(path: str, known: set[str]) -> list[str]:
     return words
 
 
-def _check_limits(values: dict[str, Any]) -> None:
+def _check_limits(values: dict[str, Any], parser: argparse.ArgumentParser) -> None:
     for name, (holds, rule) in tables.LIMITS.items():
         value = values.get(name)
         if value is not None and not holds(value):
             raise UserError(f"--{name} is {value:g}; it must be {rule}.")
     if values["max_steps"] < -1 or values["max_steps"] == 0:
         raise UserError(f"--max_steps is {values['max_steps']}; it must be >= 1, or -1 for num_train_epochs.")
-    for name, (only, why) in tables.FIXED.items():
-        if values[name] != only:
-            raise UserError(f"--{name} {values[name]} is not possible: {why}; leave the flag out.")
+    for why, names in tables.REFUSED.items():
+        for name in names.split():
+            if name in values and values[name] != parser.get_default(name):
+                raise UserError(f"--{name} {values[name]} is not possible: {why}; leave the flag out.")
     if values["output_dir"] is None:
         raise UserError("--output_dir is missing: where shall the result go?")
     if values["bf16"] and values["fp16"]:
@@ -201,9 +215,14 @@ def find_file(flag: str, path: str) -> str:
 
 
 def _resolve_paths(values: dict[str, Any]) -> None:
-    values["data_path"] = ",".join(find_file("data_path", path) for path in values["data_path"].split(","))
+    paths = [path.strip() for path in values["data_path"].split(",")]
+    values["data_path"] = ",".join(find_file("data_path", path) for path in paths)
     if values["deepspeed"]:
         values["deepspeed"] = find_file("deepspeed", values["deepspeed"])
+    try:
+        os.makedirs(values["output_dir"], exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output_dir {values['output_dir']}: {error.strerror}.") from None
     model = values["model_name_or_path"]
     if not os.path.isdir(model) and not (ROOT / model).is_dir():
         raise UserError(
@@ -218,7 +237,8 @@ def _fit_to_machine(values: dict[str, Any], notices: list[str]) -> None:
     import torch
 
     on_gpu = torch.cuda.is_available() and not values["use_cpu"]
-    capability = torch.cuda.get_device_capability() if on_gpu else (0, 0)
+    device_index = int(os.environ.get("LOCAL_RANK", "0"))
+    capability = torch.cuda.get_device_capability(device_index) if on_gpu else (0, 0)
     device = f"{torch.cuda.get_device_name()} ({capability[0]}.{capability[1]})" if on_gpu else "the CPU"
     if values["tf32"] and capability < (8, 0):
         notices.append(f"--tf32 True is left out: {device} has no TF32, it came with compute capability 8.0")
@@ -227,6 +247,8 @@ def _fit_to_machine(values: dict[str, Any], notices: list[str]) -> None:
         values["bf16"] = capability >= (8, 0) and not values["fp16"]
         if values["bf16"]:
             notices.append(f"bf16 True: the default on {device}; --bf16 False trains in fp32")
+        elif on_gpu and not values["fp16"]:
+            notices.append(f"fp32: {device} has no bfloat16; --fp16 True takes half the memory")
     if values["bf16"] and on_gpu and capability < (8, 0):
         raise EnvironmentFault(
             f"--bf16 True: {device} has no bfloat16; use --fp16 True, or neither for fp32."

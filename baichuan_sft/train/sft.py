@@ -35,10 +35,10 @@ def train(settings: Settings) -> None:
     from transformers import set_seed
 
     from baichuan_sft.checkpoint import check_vocabulary, load_config, load_tokenizer
-    from baichuan_sft.data.dataset import build_dataset
+    from baichuan_sft.data.dataset import build_dataset, fill_last_update
     from baichuan_sft.train.adapters import relative_change
     from baichuan_sft.train.record import plot_loss
-    from baichuan_sft.train.trainer import ItemCollator, SftTrainer
+    from baichuan_sft.train.trainer import FactsCollator, SftTrainer
 
     quieten_bars()
     args = training_arguments(settings)
@@ -48,28 +48,36 @@ def train(settings: Settings) -> None:
     base = settings.model.model_name_or_path
     config, tokenizer = load_config(base), load_tokenizer(base)
     check_vocabulary(base, config, tokenizer)
-    dataset, report = build_dataset(
-        settings.data.data_path,
-        tokenizer,
-        max_length=settings.data.model_max_length,
-        train_on=settings.data.train_on,
-        data_format=settings.data.data_format,
-        cache_dir=settings.data.cache_dir,
-    )
+    # One rank of each host builds, the others find it in the cache; and it is the one whose errors are shown.
+    with args.main_process_first(local=True, desc="reading the data"):
+        dataset, report = build_dataset(
+            settings.data.data_path,
+            tokenizer,
+            max_length=settings.data.model_max_length,
+            train_on=settings.data.train_on,
+            data_format=settings.data.data_format,
+            cache_dir=settings.data.cache_dir,
+        )
     say(f"data: {report}")
     model = build_model(settings, args)
     trainer: Any = SftTrainer(
         model=model,
         args=args,
-        train_dataset=dataset,
-        data_collator=ItemCollator(tokenizer.pad_token_id),
+        train_dataset=fill_last_update(dataset, rows_per_update(args)),
+        data_collator=FactsCollator(tokenizer.pad_token_id),
         processing_class=tokenizer,
         record=run_record(settings, args, tokenizer, report),
         check_reload=settings.model.check_reload,
     )
-    trainer.train(resume_from_checkpoint=settings.training["resume_from_checkpoint"])
+    try:
+        trainer.train(resume_from_checkpoint=settings.training["resume_from_checkpoint"])
+    except ValueError as error:
+        if "DeepSpeed config values" not in str(error):
+            raise
+        raise UserError(f"{settings.training['deepspeed']}: {' '.join(str(error).split())}") from None
     trainer.save_model()
-    if settings.lora.use_lora:
+    if settings.lora.use_lora and settings.lora.init_lora_weights.lower() in ("true", "gaussian"):
+        # Other ways to begin put something into B A that no training has put there.
         report_change(relative_change(trainer.model))
     if trainer.is_world_process_zero():
         plot_loss(trainer.state.log_history, Path(str(args.output_dir)) / "loss.png")
@@ -115,11 +123,10 @@ def processes(settings: Settings) -> Iterator[None]:
         os.environ.setdefault(name, value)
     seconds = settings.training["ddp_timeout"]
     deepspeed.init_distributed("gloo" if on_cpu else "nccl", timeout=datetime.timedelta(seconds=seconds))
-    try:
-        yield
-    finally:
-        # Left to the interpreter's exit, gloo's threads end the process with a random exit code.
-        torch.distributed.destroy_process_group()
+    yield
+    # Left to the interpreter's exit, gloo's threads end the process with a random exit code. Only after
+    # success: NCCL would wait here for ranks that wait for this one.
+    torch.distributed.destroy_process_group()
 
 
 def _one_process() -> dict[str, str]:
@@ -135,11 +142,16 @@ def _one_process() -> dict[str, str]:
 # --- arguments, model -------------------------------------------------------------------------------
 
 
+def rows_per_update(args: Any) -> int:
+    """Conversations of one optimizer step over all ranks and micro-batches."""
+    return args.world_size * args.per_device_train_batch_size * args.gradient_accumulation_steps
+
+
 def zero_stage(path: str | None) -> int:
     """ZeRO stage of a DeepSpeed configuration file; 0 without one.
 
     Raises:
-        UserError: not JSON.
+        UserError: not JSON, or a stage 3 whose save would hold no weights.
     """
     if path is None:
         return 0
@@ -149,7 +161,13 @@ def zero_stage(path: str | None) -> int:
         raise UserError(f"{path}:{error.lineno}:{error.colno}: not JSON: {error.msg}.") from None
     if not isinstance(config, dict):
         raise UserError(f"{path}: expected an object, got {type(config).__name__}.")
-    return config.get("zero_optimization", {}).get("stage", 0)
+    zero = config.get("zero_optimization", {})
+    if zero.get("stage") == 3 and not zero.get("stage3_gather_16bit_weights_on_model_save"):
+        raise UserError(
+            f"{path}: ZeRO stage 3 saves no whole weights without "
+            '"stage3_gather_16bit_weights_on_model_save": true; add it to zero_optimization.'
+        )
+    return zero.get("stage", 0)
 
 
 def training_arguments(settings: Settings) -> SftTrainingArguments:
@@ -161,7 +179,7 @@ def training_arguments(settings: Settings) -> SftTrainingArguments:
     values = dict(settings.training, remove_unused_columns=False)
     if values["ddp_find_unused_parameters"] is None:
         values["ddp_find_unused_parameters"] = False  # there are none, and looking for them costs a pass
-    _choose_checkpointing(values)
+    _choose_checkpointing(values, zero_stage(values["deepspeed"]))
     try:
         args = SftTrainingArguments(**values)
     except ValueError as error:
@@ -177,7 +195,7 @@ def use_one_device(args: SftTrainingArguments, notices: list[str]) -> SftTrainin
     return args
 
 
-def _choose_checkpointing(values: dict[str, Any]) -> None:
+def _choose_checkpointing(values: dict[str, Any], stage: int) -> None:
     """Gradient checkpointing under the name this transformers has for it, of the kind that works here."""
     old, new = "gradient_checkpointing", "activation_checkpointing"
     name = new if new in values else old
@@ -186,7 +204,7 @@ def _choose_checkpointing(values: dict[str, Any]) -> None:
     if values[name] and not kwargs:
         # ZeRO-3 releases a layer's weights between forward and recomputation, which the
         # non-reentrant kind takes for a change of the graph.
-        kwargs = {"use_reentrant": zero_stage(values["deepspeed"]) == 3}
+        kwargs = {"use_reentrant": stage == 3}
     values[f"{name}_kwargs"] = kwargs
     if name == new:
         del values[old]
@@ -229,12 +247,13 @@ def prepare_generation(model: Any) -> None:
     """Fill in the vendor's chat settings where the base model brings none, and stop at the user's turn."""
     config = model.generation_config
     if config.max_new_tokens is None:
-        config.update(
-            max_new_tokens=2048, do_sample=True, temperature=0.3, top_k=5, top_p=0.85, repetition_penalty=1.05
-        )
-    config.update(
-        pad_token_id=0, bos_token_id=1, eos_token_id=[2, 195], user_token_id=195, assistant_token_id=196
-    )
+        config.update(do_sample=True, temperature=0.3, top_k=5, top_p=0.85, repetition_penalty=1.05)
+        config.max_new_tokens = 2048
+    elif not config.do_sample:
+        # Greedy settings that still name a temperature load, but would not save.
+        config.update(temperature=1.0, top_k=50, top_p=1.0)
+    config.update(pad_token_id=0, bos_token_id=1, eos_token_id=[2, 195])
+    config.user_token_id, config.assistant_token_id = 195, 196
 
 
 # --- record -----------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +20,40 @@ from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
 from baichuan_sft.checkpoint import is_adapter, load_model, verify
+from baichuan_sft.data.dataset import NO_ITEM
 from baichuan_sft.data.packing import Collator
 from baichuan_sft.data.template import IGNORE
 from baichuan_sft.errors import CheckpointFault, NumericalFault
 from baichuan_sft.train.record import RunRecord
 
 CAUSES = "Likely causes: too high a learning rate, fp16 overflow (use bf16), or damaged weights."
-# A reloaded model may miss the live one by what another device and kernel round differently.
-RELOAD_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1e-1, torch.float16: 1e-1}
+# Of the largest logit: what another device and kernel round differently, TF32's 10 bits included.
+RELOAD_TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 1e-1, torch.float16: 1e-1}
 PROBE_TOKENS = 16
 
 
-class ItemCollator(Collator):
-    """``Collator`` that also hands on the records' numbers, so that a bad batch can be named."""
+@dataclass(frozen=True)
+class BatchFacts:
+    """What a batch is told by, counted before it goes to a GPU: asking there would wait for the GPU."""
+
+    items: list[int]
+    num_computed: int
+    num_real: int
+    num_targets: int
+
+
+class FactsCollator(Collator):
+    """``Collator`` that adds ``facts``; ``SftTrainer.compute_loss`` takes them out again."""
 
     def __call__(self, segments):
-        return {**super().__call__(segments), "items": torch.tensor([s["item"] for s in segments])}
+        batch: dict[str, Any] = super().__call__(segments)
+        batch["facts"] = BatchFacts(
+            items=[segment["item"] for segment in segments if segment["item"] != NO_ITEM],
+            num_computed=batch["input_ids"].numel(),
+            num_real=int(batch["attention_mask"].sum()),
+            num_targets=int((batch["labels"][:, 1:] != IGNORE).sum()),
+        )
+        return batch
 
 
 class SftTrainer(Trainer):
@@ -50,7 +69,8 @@ class SftTrainer(Trainer):
         self.record = record
         self.check_reload = check_reload
         self.items_of_update: list[int] = []
-        self.counts = torch.zeros(3)  # computed, real, target tokens since the last log, this rank
+        # computed, real, target tokens since the last log, this rank
+        self.counts = torch.zeros(3, dtype=torch.float64)
         self.counted_since = time.monotonic()
         for callback in (ProgressCallback, PrinterCallback):
             self.remove_callback(callback)
@@ -62,25 +82,21 @@ class SftTrainer(Trainer):
     # --- one step ---------------------------------------------------------------------------------
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        items = inputs.pop("items").tolist()
-        if not model.training:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        self.items_of_update = self.items_of_update + items
-        num_targets = int((inputs["labels"][:, 1:] != IGNORE).sum())
-        real = int(inputs["attention_mask"].sum())
-        self.counts += torch.tensor([inputs["input_ids"].numel(), real, num_targets])
+        facts = inputs.pop("facts")
+        self.items_of_update = self.items_of_update + facts.items
+        self.counts += torch.tensor([facts.num_computed, facts.num_real, facts.num_targets])
         loss: Any = super().compute_loss(model, inputs, False, num_items_in_batch)
         value = loss.item()
         if not math.isfinite(value):
             self._stop(f"the loss is {value}")
-        if value == 0 and num_targets:
-            self._stop(f"the loss is 0 over {num_targets} targets")
+        if value == 0 and facts.num_targets:
+            self._stop(f"the loss is 0 over {facts.num_targets} targets")
         return loss
 
     def _maybe_log_save_evaluate(self, tr_loss, grad_norm, *args, **kwargs):
         norm = float(grad_norm) if grad_norm is not None else 0.0
         # DeepSpeed's fp16 scaler skips such a step by itself and lowers its scale.
-        if not math.isfinite(norm) and not self.args.fp16:
+        if not (math.isfinite(norm) and norm >= 0) and not self.args.fp16:
             self._stop(f"the gradient norm is {norm}")
         self.items_of_update = []
         return super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
@@ -139,15 +155,17 @@ class SftTrainer(Trainer):
         model: Any = self.model_wrapped
         was_training = model.training
         model.eval()
-        live = model(input_ids=probe.to(self.args.device)).logits.float().cpu()
+        live = model(input_ids=probe.to(self.args.device)).logits
+        tolerance = RELOAD_TOLERANCE[live.dtype]  # under autocast fp32 weights give half-precision logits
+        live = live.float().cpu()
         model.train(was_training)
         if not self.args.should_save:
             return
         dtype = next(model.parameters()).dtype  # a base stored in fp32 may be trained in bf16
-        with outside_zero3(), torch.random.fork_rng():
+        with outside_zero3(), torch.random.fork_rng(devices=[]):
             saved = load_model(path, dtype=dtype)(input_ids=probe).logits.float()
         gap, scale = (live - saved).abs().max().item(), live.abs().max().item()
-        tolerance = RELOAD_TOLERANCE[dtype] * max(scale, 1.0)
+        tolerance *= max(scale, 1.0)
         if not gap <= tolerance:
             raise CheckpointFault(
                 f"{path}: the reloaded model's logits differ from the live ones by {gap:.2g}, more than "
