@@ -242,7 +242,7 @@ def test_a_gradient_norm_that_is_not_finite_stops(train, monkeypatch):
 
     monkeypatch.setattr(SftTrainer, "_clip_grad_norm", lambda self, model: torch.tensor(math.inf))
     monkeypatch.setattr(SftTrainer, "_get_grad_norm", lambda self, model, grad_norm=None: grad_norm)
-    with pytest.raises(NumericalFault, match="the gradient norm is inf"):
+    with pytest.raises(NumericalFault, match="step 1, rank 0: the gradient norm is inf"):
         train()
 
 
@@ -428,3 +428,24 @@ def test_bad_input_is_one_line_and_exit_code_2(nano, tmp_path):
         assert done.returncode == 2, done.stdout
         (line,) = error_lines(done.stdout)
         assert message in line, line
+
+
+@pytest.mark.slow
+def test_a_fault_in_the_data_ends_all_processes_with_its_one_line(nano, tmp_path):
+    record = '{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}'
+    bad = tmp_path / "bad.jsonl"
+    # long enough that one process still reads while the other has failed
+    bad.write_text("\n".join([record] * 50_000 + [record.replace("human", "humna")]))
+    done = deepspeed(
+        ROOT / "fine-tune" / "fine-tune.py",
+        *flags(
+            model_name_or_path=nano,
+            data_path=bad,
+            output_dir=tmp_path / "out",
+            deepspeed=ROOT / "ds_config.json",
+            cache_dir=tmp_path / "cache",
+        ),
+    )
+    assert done.returncode == 2, done.stdout
+    assert len(error_lines(done.stdout)) == 1
+    assert "bad.jsonl:50001" in done.stdout and "did you mean 'human'" in done.stdout

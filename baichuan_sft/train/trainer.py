@@ -88,22 +88,22 @@ class SftTrainer(Trainer):
         loss: Any = super().compute_loss(model, inputs, False, num_items_in_batch)
         value = loss.item()
         if not math.isfinite(value):
-            self._stop(f"the loss is {value}")
+            self._stop(self.state.global_step + 1, f"the loss is {value}")
         if value == 0 and facts.num_targets:
-            self._stop(f"the loss is 0 over {facts.num_targets} targets")
+            self._stop(self.state.global_step + 1, f"the loss is 0 over {facts.num_targets} targets")
         return loss
 
     def _maybe_log_save_evaluate(self, tr_loss, grad_norm, *args, **kwargs):
         norm = float(grad_norm) if grad_norm is not None else 0.0
         # DeepSpeed's fp16 scaler skips such a step by itself and lowers its scale.
         if not (math.isfinite(norm) and norm >= 0) and not self.args.fp16:
-            self._stop(f"the gradient norm is {norm}")
+            self._stop(self.state.global_step, f"the gradient norm is {norm}")
         self.items_of_update = []
         return super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
 
-    def _stop(self, what: str) -> None:
+    def _stop(self, step: int, what: str) -> None:
         raise NumericalFault(
-            f"step {self.state.global_step + 1}, rank {self.args.process_index}: {what}; records (0-based, "
+            f"step {step}, rank {self.args.process_index}: {what}; records (0-based, "
             f"over all files) {', '.join(map(str, self.items_of_update))}. "
             f"Nothing was saved after the last checkpoint. {CAUSES}"
         )
