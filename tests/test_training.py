@@ -74,7 +74,8 @@ def test_full_result_is_complete(train, nano):
     }
     verify(out)
     record = json.loads((out / "run.json").read_text())
-    assert record["versions"]["torch"] == torch.__version__
+    # a build may name its CUDA in one of the two and not in the other
+    assert record["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert set(record["data_sha256"]) == {str(DATA)}
     assert record["data"]["report"]["used"] == 70
     generation = json.loads((out / "generation_config.json").read_text())
