@@ -35,9 +35,7 @@ def train(settings: Settings) -> None:
     from transformers import set_seed
 
     from baichuan_sft.checkpoint import check_vocabulary, load_config, load_tokenizer
-    from baichuan_sft.data.dataset import build_dataset, fill_last_update
-    from baichuan_sft.train.adapters import relative_change
-    from baichuan_sft.train.record import plot_loss
+    from baichuan_sft.data.dataset import fill_last_update
     from baichuan_sft.train.trainer import FactsCollator, SftTrainer
 
     quieten_bars()
@@ -48,20 +46,9 @@ def train(settings: Settings) -> None:
     base = settings.model.model_name_or_path
     config, tokenizer = load_config(base), load_tokenizer(base)
     check_vocabulary(base, config, tokenizer)
-    # One rank of each host builds, the others find it in the cache; and it is the one whose errors are shown.
-    with args.main_process_first(local=True, desc="reading the data"):
-        dataset, report = build_dataset(
-            settings.data.data_path,
-            tokenizer,
-            max_length=settings.data.model_max_length,
-            train_on=settings.data.train_on,
-            data_format=settings.data.data_format,
-            cache_dir=settings.data.cache_dir,
-        )
-    say(f"data: {report}")
-    model = build_model(settings, args)
-    trainer: Any = SftTrainer(
-        model=model,
+    dataset, report = read_data(settings, args, tokenizer)
+    trainer = SftTrainer(
+        model=build_model(settings, args),
         args=args,
         train_dataset=fill_last_update(dataset, rows_per_update(args)),
         data_collator=FactsCollator(tokenizer.pad_token_id),
@@ -69,19 +56,32 @@ def train(settings: Settings) -> None:
         record=run_record(settings, args, tokenizer, report),
         check_reload=settings.model.check_reload,
     )
+    fit(trainer, settings)
+    trainer.save_model()
+    conclude(trainer, settings)
+
+
+def fit(trainer: Any, settings: Settings) -> None:
+    """Train; what DeepSpeed's file and the flags say differently becomes one line."""
     try:
         trainer.train(resume_from_checkpoint=settings.training["resume_from_checkpoint"])
     except ValueError as error:
         if "DeepSpeed config values" not in str(error):
             raise
         raise UserError(f"{settings.training['deepspeed']}: {' '.join(str(error).split())}") from None
-    trainer.save_model()
+
+
+def conclude(trainer: Any, settings: Settings) -> None:
+    """How far the adapters moved, the loss curve, and the command that talks to the result."""
+    from baichuan_sft.train.adapters import relative_change
+    from baichuan_sft.train.record import plot_loss
+
     if settings.lora.use_lora and settings.lora.init_lora_weights.lower() in ("true", "gaussian"):
         # Other ways to begin put something into B A that no training has put there.
         report_change(relative_change(trainer.model))
     if trainer.is_world_process_zero():
-        plot_loss(trainer.state.log_history, Path(str(args.output_dir)) / "loss.png")
-    say(f"\nTalk to the result:\n  baichuan-sft chat {args.output_dir}")
+        plot_loss(trainer.state.log_history, Path(trainer.args.output_dir) / "loss.png")
+    say(f"\nTalk to the result:\n  baichuan-sft chat {trainer.args.output_dir}")
 
 
 def say(message: str) -> None:
@@ -140,6 +140,24 @@ def _one_process() -> dict[str, str]:
 
 
 # --- arguments, model -------------------------------------------------------------------------------
+
+
+def read_data(settings: Settings, args: Any, tokenizer: Any) -> tuple[Any, Any]:
+    """The tokenised conversations and their report, which the log shows."""
+    from baichuan_sft.data.dataset import build_dataset
+
+    # One rank of each host builds, the others find it in the cache; and it is the one whose errors are shown.
+    with args.main_process_first(local=True, desc="reading the data"):
+        dataset, report = build_dataset(
+            settings.data.data_path,
+            tokenizer,
+            max_length=settings.data.model_max_length,
+            train_on=settings.data.train_on,
+            data_format=settings.data.data_format,
+            cache_dir=settings.data.cache_dir,
+        )
+    say(f"data: {report}")
+    return dataset, report
 
 
 def rows_per_update(args: Any) -> int:
