@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -30,7 +31,8 @@ class Parser(argparse.ArgumentParser):
         Raises:
             UserError: an unknown flag or argument, a missing one, a value that breaks its rule.
         """
-        namespace, unknown = self.parse_known_args(args, namespace)
+        words = sys.argv[1:] if args is None else args
+        namespace, unknown = self.parse_known_args([_underscored(word) for word in words], namespace)
         if unknown:
             known = [option for action in self._actions for option in action.option_strings]
             word = unknown[0].split("=")[0]
@@ -40,6 +42,12 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see --help.")
+
+
+def _underscored(word: str) -> str:
+    """``--on-error=x`` as ``--on_error=x``, the way flags are written here."""
+    name, equals, value = word.partition("=")
+    return f"--{name[2:].replace('-', '_')}{equals}{value}" if name.startswith("--") else word
 
 
 def number(kind: type[int] | type[float], rule: str, holds: Callable[[float], bool]) -> Callable[[str], Any]:

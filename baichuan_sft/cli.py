@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import logging
 import os
 import re
@@ -16,7 +17,8 @@ from baichuan_sft.errors import UserError, pick
 # name -> (module:function(argv) -> exit code, one line of help)
 COMMANDS = {
     "train": ("baichuan_sft.train.sft:main", "fine-tune a model on conversations, all weights or LoRA"),
-    "preview": ("baichuan_sft.preview:preview", "show conversations as tokens, trained and not"),
+    "data": ("baichuan_sft.datatools.command:main", "check data files, or tokenise them before training"),
+    "preview": ("baichuan_sft.datatools.preview:preview", "show conversations as tokens, trained and not"),
     "chat": ("baichuan_sft.infer.terminal:main", "talk to a model, an adapter or a checkpoint"),
 }
 
@@ -24,6 +26,7 @@ COMMANDS = {
 LOST_PEER = re.compile(r"closed by peer|reset by peer|Broken pipe|remote process exited", re.IGNORECASE)
 
 EXAMPLE = """example:
+  baichuan-sft data check data/belle_chat.json
   baichuan-sft preview data/belle_chat.json --tokenizer data/tokenizer/baichuan2_like.model
   baichuan-sft train --model_name_or_path Baichuan2-7B-Base --data_path data/belle_chat.json --output_dir out
   baichuan-sft chat out
@@ -89,6 +92,9 @@ def dispatch(argv: list[str]) -> int:
 
 
 def main() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show Chinese is no fault
     sys.exit(run(dispatch, sys.argv[1:]))
 
 

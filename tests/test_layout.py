@@ -14,7 +14,7 @@ LAYERS = [
     {"variants"},
     {"data", "attention"},
     {"checkpoint", "plan"},
-    {"train", "infer", "preview", "export", "evaluate", "doctor", "launch"},
+    {"train", "infer", "datatools", "export", "evaluate", "doctor", "launch"},
     {"cli"},
     {"fine-tune"},
 ]
@@ -64,7 +64,7 @@ def violations(module: str, source: str) -> list[str]:
 def test_the_check_sees_what_it_should():
     assert violations("data.reader", "def f():\n    from baichuan_sft.checkpoint import load_model")
     assert violations("train.sft", "import baichuan_sft.infer.chat")
-    assert violations("train.sft", "from baichuan_sft.preview import preview")
+    assert violations("train.sft", "from baichuan_sft.datatools.preview import preview")
     assert not violations(
         "train.sft", "from baichuan_sft.data.reader import x\nfrom baichuan_sft import __version__"
     )

@@ -2,12 +2,18 @@
 
 import itertools
 import json
+import math
 import shutil
 
+import numpy as np
 import pytest
 from fixtures import ROOT, SHARED
 from launching import deepspeed, flags, log_of, make_nano
 from safetensors.torch import load_file
+
+from baichuan_sft import load_tokenizer
+from baichuan_sft.data.dataset import build_dataset
+from baichuan_sft.data.packing import plan
 
 pytestmark = pytest.mark.slow
 
@@ -32,6 +38,32 @@ def root(tmp_path_factory):
     return tmp_path_factory.mktemp("parity")
 
 
+def equal_conversations(root, data):
+    """Options of a packed and of a padded run with the same conversations in each update.
+
+    All are cut to one length, so a row holds four; the padded run reads them from a file in the plan's order.
+    """
+    length = 16
+    records = json.loads(data.read_text())[:200]
+    (root / "some.json").write_text(json.dumps(records))
+    tokenizer = load_tokenizer(root / "nano")
+    dataset, _ = build_dataset([root / "some.json"], tokenizer, max_length=length, cache_dir=root / "cache")
+    items = [row["item"] for row in dataset if row["length"] == length]
+    items = items[: len(items) // 16 * 16][:64]  # whole updates
+    assert len(items) >= 32
+    records = [records[item] for item in items]
+    (root / "packed.json").write_text(json.dumps(records))
+    order = plan(np.full(len(items), length), 4 * length, seed=7).order
+    (root / "padded.json").write_text(json.dumps([records[i] for i in order]))
+    common = dict(model_max_length=length)
+    return {
+        "equal packed": common
+        | dict(data_path=root / "packed.json", packing=True, packing_tokens=4 * length)
+        | dict(per_device_train_batch_size=2),
+        "equal padded": common | dict(data_path=root / "padded.json", per_device_train_batch_size=8),
+    }
+
+
 @pytest.fixture(scope="module")
 def runs(root):
     """name -> log, of every way to run the same updates; two launches in all."""
@@ -48,7 +80,7 @@ def runs(root):
         save_strategy="no",
         seed=7,
         cache_dir=root / "cache",
-        # one order for all cuts
+        packing=False,
         train_sampling_strategy="sequential",
     )
     plans = {1: {}, 2: {}}
@@ -85,6 +117,36 @@ def runs(root):
             num_train_epochs=STEPS // 2,
             max_steps=-1,
         )
+    packed = dict(
+        deepspeed=root / "zero2.json",
+        data_path=ROOT / "data" / "belle_chat.json",
+        packing=True,
+        packing_tokens=128,
+        train_sampling_strategy="random",
+        lora_dropout=0.0,
+    )
+    for kind in ("full", "lora"):
+        lora = dict(packed, use_lora=kind == "lora")
+        plans[1][f"packed 8x1 {kind}"] = dict(lora, per_device_train_batch_size=8)
+        plans[1][f"packed 4x2 {kind}"] = dict(
+            lora, per_device_train_batch_size=4, gradient_accumulation_steps=2
+        )
+        plans[2][f"packed 2p {kind}"] = dict(
+            lora, deepspeed=root / "zero3.json", per_device_train_batch_size=4
+        )
+    # stopped in the middle of the second epoch, with dropout
+    in_epoch_2 = dict(packed, use_lora=True, lora_dropout=0.1, max_steps=STEPS + 4)
+    in_epoch_2 |= dict(per_device_train_batch_size=1, gradient_accumulation_steps=2)
+    plans[2]["saved packed"] = dict(in_epoch_2, save_strategy="steps", save_steps=STEPS)
+    plans[2]["resumed packed"] = dict(
+        in_epoch_2, resume_from_checkpoint=root / "saved packed" / f"checkpoint-{STEPS}"
+    )
+    for name, options in equal_conversations(root, data).items():
+        plans[2][name] = dict(options, deepspeed=root / "zero2.json", max_steps=STEPS + 4)
+    (root / "three.json").write_text(json.dumps(json.loads(data.read_text())[:3]))
+    evaluated = dict(eval_data_path=root / "three.json", eval_strategy="steps", eval_steps=2, max_steps=4)
+    plans[1]["1p evaluated"] = dict(evaluated, per_device_train_batch_size=GLOBAL_BATCH)
+    plans[2]["2p evaluated"] = dict(half, **evaluated, per_device_eval_batch_size=1)
     if shutil.which("g++"):  # DeepSpeed compiles its CPU optimizer
         plans[1]["offload zero3"] = dict(
             deepspeed=zero_config(root / "offload.json", 3, offload=True),
@@ -102,8 +164,8 @@ def runs(root):
     return {name: log_of(root / name) for named in plans.values() for name in named}
 
 
-def assert_agree(one, other):
-    assert len(one) == len(other) == STEPS
+def assert_agree(one, other, steps=STEPS):
+    assert len(one) == len(other) == steps
     for a, b in zip(one, other):
         assert abs(a["loss"] - b["loss"]) < TOLERANCE, (a, b)
         # relative: an fp32 norm over 400,000 numbers is itself off by 3e-6, and some stages take it in fp64
@@ -154,6 +216,39 @@ def test_a_resumed_run_goes_on_bit_for_bit(runs, kind):
     for a, b in zip(straight[STEPS // 2 :], resumed):
         for key in ("loss", "grad_norm", "learning_rate"):
             assert a[key] == b[key], (key, a, b)
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize("cut", ["4x2", "2p"])
+def test_packed_runs_agree_for_every_cut_of_an_update(runs, cut, kind):
+    assert_agree(runs[f"packed {cut} {kind}"], runs[f"packed 8x1 {kind}"])
+
+
+def test_packed_and_padded_runs_agree(runs):
+    packed, padded = runs["equal packed"], runs["equal padded"]
+    assert_agree(packed, padded, STEPS + 4)
+    assert packed[0]["padding_share"] == padded[0]["padding_share"] == 0
+
+
+def test_a_packed_run_resumed_in_its_second_epoch_goes_on_bit_for_bit(runs):
+    straight, resumed = runs["saved packed"], runs["resumed packed"]
+    assert 1 < straight[STEPS - 1]["epoch"] < 2  # stopped in between
+    assert [row["step"] for row in resumed] == list(range(STEPS + 1, STEPS + 5))
+    for a, b in zip(straight[STEPS:], resumed):
+        assert [a[key] for key in ("loss", "grad_norm", "epoch")] == [
+            b[key] for key in ("loss", "grad_norm", "epoch")
+        ]
+
+
+def test_evaluation_agrees_where_a_rank_has_nothing_left(runs, root):
+    """Three conversations on two ranks, one in a batch, under ZeRO-3."""
+    logs = [(root / name / "trainer_log.jsonl").read_text() for name in ("1p evaluated", "2p evaluated")]
+    one, two = ([row for row in map(json.loads, log.splitlines()) if "eval_loss" in row] for log in logs)
+    assert [row["step"] for row in one] == [row["step"] for row in two] == [2, 4]
+    assert one[0]["eval_targets"] == two[0]["eval_targets"] > 3
+    for a, b in zip(one, two):
+        assert abs(a["eval_loss"] - b["eval_loss"]) < TOLERANCE
+        assert a["eval_perplexity"] == pytest.approx(math.exp(a["eval_loss"]))
 
 
 def test_bf16_follows_fp32(runs):

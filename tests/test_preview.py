@@ -7,7 +7,7 @@ import pytest
 from fixtures import ROOT, SMALL_VOCABULARY
 
 from baichuan_sft.errors import UserError
-from baichuan_sft.preview import preview
+from baichuan_sft.datatools.preview import preview
 
 CHAT = ROOT / "data" / "belle_chat.json"
 LINES = ROOT / "data" / "belle_chat.jsonl"
@@ -77,7 +77,7 @@ def test_text_cannot_drive_the_terminal(show, tmp_path):
 def test_long_lines_are_not_wrapped_and_the_cut_is_said(show, tmp_path):
     path = write(tmp_path / "x.json", ("human", "你好，" * 100), ("gpt", "b" * 5))
     assert "你好，" * 100 in show(path)
-    words = r"0 of 9 tokens trained, \d+ cut off: no target is left"
+    words = r"item 0  \d+ tokens, none trained: no target is left, training drops it"
     assert re.search(words, show(path, "--max_length", "9"))
 
 
@@ -101,5 +101,5 @@ def test_help_has_an_example(capsys):
 
 
 def test_wrong_record_is_named(show, tmp_path):
-    with pytest.raises(UserError, match=r"x\.json:1 item 0: no assistant turn"):
+    with pytest.raises(UserError, match=r"ERROR DATA020 .*x\.json:1:20 item 0: no assistant turn"):
         show(write(tmp_path / "x.json", ("human", "a")))

@@ -16,7 +16,7 @@ from baichuan_sft.errors import UserError
 from baichuan_sft.infer.chat import build_parser as chat_parser
 from baichuan_sft.infer.terminal import COMMANDS as CHAT_COMMANDS
 from baichuan_sft.model.configuration_baichuan import BaichuanConfig
-from baichuan_sft.preview import _parser as preview_parser
+from baichuan_sft.datatools.preview import _parser as preview_parser
 from baichuan_sft.train import args as tables
 from baichuan_sft.train.parse import build_parser as train_parser
 from baichuan_sft.variants import VARIANTS

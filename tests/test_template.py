@@ -24,7 +24,7 @@ class Letters:
 
     user_token_id, assistant_token_id = 195, 196
 
-    def encode_texts(self, texts):
+    def encode_texts(self, texts, num_threads=-1):
         return [[ord(letter) - ord("a") + 10 for letter in text] for text in texts]
 
 
@@ -177,7 +177,7 @@ def test_a_batch_is_its_conversations_encoded_in_one_call():
     calls = []
 
     class Counting(Letters):
-        def encode_texts(self, texts):
+        def encode_texts(self, texts, num_threads=-1):
             calls.append(len(texts))
             return TOKENIZER.encode_texts(texts)
 

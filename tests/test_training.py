@@ -7,6 +7,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from fixtures import ROOT, SMALL_VOCABULARY, tiny_config
@@ -17,8 +18,10 @@ from baichuan_sft.checkpoint import verify
 from baichuan_sft.data.formats import Message
 from baichuan_sft.data.template import render
 from baichuan_sft.errors import CheckpointFault, NumericalFault, UserError
+from baichuan_sft.train.order import RowOrder
 from baichuan_sft.train.parse import parse
 from baichuan_sft.train.sft import main, training_arguments, use_one_device
+from baichuan_sft.train.trainer import SftTrainer
 
 DATA = ROOT / "data" / "belle_chat.json"
 
@@ -37,7 +40,7 @@ def train(nano, tmp_path):
     """Train in this process; returns the output directory."""
 
     def call(*words, **options):
-        values = {
+        values: dict = {
             "model_name_or_path": nano,
             "data_path": DATA,
             "output_dir": tmp_path / "out",
@@ -48,7 +51,7 @@ def train(nano, tmp_path):
             "save_strategy": "no",
             "seed": 5,
         }
-        values |= options
+        values = {name: value for name, value in (values | options).items() if value is not None}
         assert main([*flags(**values), *words]) == 0
         return values["output_dir"]
 
@@ -134,10 +137,20 @@ def test_full_training_in_bf16_without_deepspeed(train, nano):
     assert load_model(out).dtype == load_model(nano).dtype == torch.float32
 
 
-def test_an_update_never_counts_a_record_twice(train):
-    rows = log_of(train(max_steps=-1, num_train_epochs=1, per_device_train_batch_size=64))
-    assert len(rows) == 2  # 70 records and 58 empty rows
-    assert min(row["padding_share"] for row in rows) > 0.3  # the empty rows count as padding
+@pytest.mark.parametrize("packing", [True, False])
+def test_an_epoch_sees_each_record_once(train, monkeypatch, packing):
+    seen = []
+    compute_loss = SftTrainer.compute_loss
+
+    def keep_items(self, model, inputs, *args, **kwargs):
+        seen.extend(inputs["facts"].items)
+        return compute_loss(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(SftTrainer, "compute_loss", keep_items)
+    options = dict(max_steps=-1, num_train_epochs=1, per_device_train_batch_size=3, packing_tokens=512)
+    rows = log_of(train(packing=packing, **(options if packing else dict(options, packing_tokens=None))))
+    assert sorted(seen) == list(range(70))
+    assert len(rows) == (2 if packing else 24)
 
 
 def test_greedy_settings_of_the_base_do_not_lose_the_run(train, nano, tmp_path):
@@ -174,6 +187,62 @@ def test_log_has_speed_and_padding(train):
     assert 0 < row["padding_share"] < 1
 
 
+def test_packing_says_what_it_does_and_warns_where_one_update_takes_all(train, capsys):
+    train(packing_tokens=600, per_device_train_batch_size=1, gradient_accumulation_steps=2)
+    said = capsys.readouterr().out
+    assert "packing: 70 conversations in 4 rows of 600 tokens, 83.7 % useful" in said
+    assert "% useful; 2 rows per update, 2 updates per epoch" in said and "one update per epoch" not in said
+    train(packing_tokens=600, per_device_train_batch_size=8)
+    assert "all 70 conversations are in one update per epoch, which has room for 8" in capsys.readouterr().out
+    train(packing=False)
+    assert "packing:" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words, strategy", [("", "random"), ("--packing False", "group_by_length")])
+def test_the_order_of_rows_follows_packing(words, strategy):
+    settings = parse([*REQUIRED, *words.split()])
+    assert settings.training["train_sampling_strategy"] == strategy
+    assert settings.data.packing_tokens == settings.data.model_max_length == 512
+
+
+class SameUpdates(RowOrder):
+    """Single conversations as rows, those of each packed update together."""
+
+    def __init__(self, packed: RowOrder, rows):
+        self.__dict__.update(packed.__dict__)
+        self.rows = rows
+
+    def updates(self):
+        return [np.concatenate([self.rows[row] for row in rows]) for rows in super().updates()]
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_packed_and_padded_training_agree(train, monkeypatch, tmp_path, lora):
+    """Twelve updates over three epochs on the same conversations each, batches of unequal size."""
+    options = dict(max_steps=12, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    options |= dict(use_lora=True, lora_dropout=0) if lora else {}
+    orders = []
+    make_order = SftTrainer._order
+
+    def keep_order(self, dataset, *args, **kwargs):
+        orders.append((make_order(self, dataset, *args, **kwargs), dataset.rows))
+        return orders[-1][0]
+
+    monkeypatch.setattr(SftTrainer, "_order", keep_order)
+    packed = log_of(train(model_max_length=128, packing_tokens=144, **options))
+    ((order, rows),) = orders
+    assert order.num_updates == 4 and len(rows) % order.rows_per_update  # the last one has fewer
+    monkeypatch.setattr(SftTrainer, "_order", lambda self, *args, **kwargs: SameUpdates(order, rows))
+    padded = log_of(train(model_max_length=128, packing=False, output_dir=tmp_path / "padded", **options))
+    assert len(packed) == len(padded) == 12
+    assert packed[0]["padding_share"] < 0.05 < padded[0]["padding_share"]
+    for a, b in zip(packed, padded):
+        # fp32 in another order: 1e-6 was measured
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-5)
+    assert packed[-1]["loss"] < packed[0]["loss"]
+
+
 def test_loss_is_the_mean_over_all_targets_of_the_update(train, nano):
     """Against plain cross-entropy over the records of the update, counted by hand."""
     out = train(
@@ -181,6 +250,7 @@ def test_loss_is_the_mean_over_all_targets_of_the_update(train, nano):
         per_device_train_batch_size=2,
         gradient_accumulation_steps=3,
         train_sampling_strategy="sequential",
+        packing=False,
     )
     model, tokenizer = load_model(nano), load_tokenizer(nano)
     roles = {"human": "user", "gpt": "assistant"}
@@ -225,7 +295,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_records_named(train, tmp_path)
     model.save_pretrained(broken)
     load_tokenizer(SMALL_VOCABULARY).save_pretrained(broken)
     with pytest.raises(NumericalFault, match=r"step 1, rank 0: the loss is nan; records .* 0, 1, 2, 3\."):
-        train(model_name_or_path=broken, train_sampling_strategy="sequential")
+        train(model_name_or_path=broken, train_sampling_strategy="sequential", packing=False)
 
 
 def test_a_loss_of_zero_over_targets_stops(train, monkeypatch):
@@ -239,8 +309,6 @@ def _zero_loss(self, hidden, labels=None, *args):
 
 
 def test_a_gradient_norm_that_is_not_finite_stops(train, monkeypatch):
-    from baichuan_sft.train.trainer import SftTrainer
-
     monkeypatch.setattr(SftTrainer, "_clip_grad_norm", lambda self, model: torch.tensor(math.inf))
     monkeypatch.setattr(SftTrainer, "_get_grad_norm", lambda self, model, grad_norm=None: grad_norm)
     with pytest.raises(NumericalFault, match="step 1, rank 0: the gradient norm is inf"):
@@ -283,7 +351,19 @@ REQUIRED = flags(model_name_or_path=ROOT / "tests/golden/baichuan-7b/a", data_pa
         ("--lora_rank 8", "--lora_rank is given without --use_lora True"),
         ("--use_dora True", "--use_dora is given without --use_lora True"),
         ("--lora_preset vendor", "--lora_preset is given without --use_lora True"),
-        ("--eval_strategy epoch", "--eval_strategy epoch is not possible: training does not evaluate"),
+        ("--eval_strategy epoch", "--eval_strategy epoch needs --dev_ratio or --eval_data_path"),
+        ("--eval_on_start True", "--eval_on_start True needs --dev_ratio or --eval_data_path"),
+        ("--per_device_eval_batch_size 2", "--per_device_eval_batch_size 2 needs --dev_ratio"),
+        ("--dev_ratio 0.1 --eval_steps 5", "--eval_steps 5 needs --eval_strategy steps"),
+        ("--dev_ratio 0.1 --eval_strategy no", "the held-out data would never be used"),
+        ("--dev_ratio 1", "--dev_ratio is 1; it must be a finite number >= 0 and < 1"),
+        ("--dev_ratio 0.1 --eval_data_path README.md", "--dev_ratio and --eval_data_path are both given"),
+        ("--eval_data_path no.json", "--eval_data_path no.json: no such file"),
+        ("--load_best_model_at_end True", "the last weights are the result"),
+        ("--packing_tokens 511", "--packing_tokens is 511; it must be >= --model_max_length, 512"),
+        ("--packing False --packing_tokens 512", "--packing_tokens is given with --packing False"),
+        ("--dataloader_drop_last True", "an epoch's last update takes what is left"),
+        ("--train_sampling_strategy batch_rebalance", "invalid choice: 'batch_rebalance'"),
         ("--label_smoothing_factor 0.1", "the head computes the loss itself"),
         ("--save_total_limit 0", "--save_total_limit is 0"),
         ("--freeze x --use_lora True", "LoRA freezes all weights"),
@@ -396,11 +476,15 @@ VENDOR_COMMAND = """
 def test_the_vendors_command_from_inside_fine_tune(nano, tmp_path, lora):
     """Baichuan2's README, but for paths, epochs and precision; data_path and deepspeed lie in the root."""
     words = [*VENDOR_COMMAND, *flags(model_name_or_path=nano, output_dir=tmp_path / "output")]
-    words += ["--use_lora", "True"] if lora else []
+    words += ["--use_lora", "True", "--packing", "False"] if lora else []
     done = deepspeed("fine-tune.py", *words, cwd=ROOT / "fine-tune", BAICHUAN_SFT_CACHE=str(tmp_path))
     assert done.returncode == 0, done.stdout[-4000:]
     assert "--tf32 True is left out" in done.stdout and "--warmup_ratio" in done.stdout
-    assert len(log_of(tmp_path / "output")) == 3  # 70 records in batches of 2 x 16
+    if lora:
+        assert len(log_of(tmp_path / "output")) == 3  # 70 records in batches of 2 x 16
+    else:
+        assert len(log_of(tmp_path / "output")) == 1
+        assert "all 70 conversations are in one update per epoch" in done.stdout
     verify(tmp_path / "output")
     (checkpoint,) = (tmp_path / "output").glob("checkpoint-*")
     verify(checkpoint)

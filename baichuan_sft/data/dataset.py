@@ -1,281 +1,181 @@
-"""Files to a memory-mapped dataset of token ids, built once per content and counted to the last record.
-
-# a segment is one conversation as ids and labels, cut to max_length
-"""
+"""Files to a memory-mapped dataset of token ids: which records are used, and what became of the others."""
 
 from __future__ import annotations
 
-import hashlib
-import inspect
-import json
-import os
-import shutil
-from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
-from functools import partial
-from importlib.metadata import version
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from baichuan_sft.data import formats, reader, segments, template
-from baichuan_sft.data.formats import Message
-from baichuan_sft.data.segments import CHUNK, Chunk, render_chunk, tally, tracked, write_arrow
-from baichuan_sft.errors import EnvironmentFault, UserError, pick
+import numpy as np
 
-if TYPE_CHECKING:
-    import datasets
+from baichuan_sft.data import cache, formats, length, template
+from baichuan_sft.data.check import Rules
+from baichuan_sft.data.prepare import Entry, entries_of, prepare, report_directory, survey_of
+from baichuan_sft.data.report import DataReport, SourceReport
+from baichuan_sft.data.sources import mix, parse_sources
+from baichuan_sft.data.survey import DOCUMENT, Survey
+from baichuan_sft.data.tokens import TokenDataset
+from baichuan_sft.errors import UserError, pick
 
-CACHE_VERSION = 1  # raise when this file or segments.py changes what is written
-MAX_FINDINGS, MAX_SHOWN = 1000, 20
-NO_ITEM = -1  # the item of a segment that stands for no record
+ON_ERROR = {"stop": "list every finding and end", "skip": "leave the record out, keep its bytes"}
 
 
 @dataclass(frozen=True)
-class DataReport:
-    """What became of every record and every token; both balances hold exactly.
+class Data:
+    """Segments to learn, segments held out where that is asked for, and what became of the rest."""
 
-    ``read = used + dropped_no_target`` and ``rendered tokens = tokens + tokens_lost``.
-
-    Attributes:
-        read: records in the files.
-        used: segments in the dataset.
-        dropped_no_target: segments in which no token is left to learn after the cut.
-        truncated: used segments that were cut to max_length.
-        trailing_user_turns_dropped: user turns at the end, which nothing answers.
-        empty_user_turns: user turns without text; they are kept.
-        tokens: ids in the dataset.
-        supervised_tokens: targets, the labels a loss is computed on (never label 0).
-        tokens_lost: ids cut off, and all ids of dropped segments.
-        max_length: the cut, in tokens.
-    """
-
-    read: int
-    used: int
-    dropped_no_target: int
-    truncated: int
-    trailing_user_turns_dropped: int
-    empty_user_turns: int
-    tokens: int
-    supervised_tokens: int
-    tokens_lost: int
-    max_length: int
-
-    def __post_init__(self) -> None:
-        assert self.read == self.used + self.dropped_no_target, self
-
-    def __str__(self) -> str:
-        share = 100 * self.supervised_tokens / max(self.tokens, 1)
-        return (
-            f"read {self.read} = used {self.used} + dropped {self.dropped_no_target} without a target; "
-            f"{self.truncated} cut to {self.max_length} tokens, "
-            f"{self.trailing_user_turns_dropped} trailing user turns dropped, "
-            f"{self.empty_user_turns} empty user turns\n"
-            f"tokens: used {self.tokens}, supervised {self.supervised_tokens} ({share:.1f} %), "
-            f"lost to length {self.tokens_lost}"
-        )
-
-    def to_dict(self) -> dict[str, int]:
-        return asdict(self)
+    train: TokenDataset
+    dev: TokenDataset | None
+    report: DataReport
 
 
 def build_dataset(
     paths: str | Sequence[str | Path],
     tokenizer: Any,
+    rules: Rules,
     *,
-    max_length: int,
-    train_on: str = "all",
-    data_format: str | None = None,
+    on_error: str = "stop",
+    dedup: bool = False,
+    dev_ratio: float = 0.0,
+    seed: int = 42,
     cache_dir: str | Path | None = None,
-) -> tuple[datasets.Dataset, DataReport]:
-    """The segments of all files in order, from the cache where the same content was built before.
+    report_dir: str | Path | None = None,
+    num_workers: int | None = None,
+    allow_outside: bool = False,
+    wait: bool = False,
+) -> Data:
+    """The segments of all files in order, from the cache where the same content was prepared before.
 
-    Any number of processes may call it at once: the first builds, the others wait and map its file.
+    First every file is checked, then every file is tokenised, then records are chosen. Any number of
+    processes may call it at once: one prepares, the others wait and map its files.
 
     Args:
-        paths: file names, as a list or separated by commas.
-        max_length: longest segment in tokens; what is longer is cut on the right.
-        train_on: "all" assistant turns or only the "last" one are targets.
-        data_format: a name in ``formats.FORMATS``; None tells it from the record.
+        paths: see ``sources.parse_sources``.
+        on_error: "stop" at findings once all are known, or "skip" the records.
+        dedup: leave out records equal to an earlier one of any file.
+        dev_ratio: share of the records to hold out; equal records stay on one side.
+        seed: of what is drawn: shares of a mix, held-out records.
         cache_dir: default ``$BAICHUAN_SFT_CACHE``, else ``~/.cache/baichuan_sft``.
-    Returns:
-        A dataset with the columns ``input_ids`` and ``labels`` (int32 lists of one length),
-        ``length``, and ``item`` (number of the record, counted over all files); and its report.
+        report_dir: gets data_report.jsonl with every finding and rejected.jsonl with what was left out.
+        num_workers: processes that tokenise; default one per core for large files, up to 8.
+        wait: never prepare, wait for the process of this host that does.
     Raises:
-        UserError: one message with every finding in the files, or nothing is left to train on.
-        EnvironmentFault: the cache cannot be written.
+        DataFault: findings, with ``on_error`` "stop". UserError: a wrong path or setting, or nothing is
+            left to train on. EnvironmentFault: the cache cannot be written.
     """
-    import datasets
-
-    files = split_paths(paths)
-    pick("train_on", train_on, template.TRAIN_ON)
-    if max_length < 2:
-        raise UserError(f"max_length is {max_length}; at least 2: one token to see and one to predict")
-    read = partial(read_conversations, files, train_on=train_on, data_format=data_format)
-    render = partial(render_chunk, tokenizer=tokenizer, max_length=max_length, train_on=train_on)
-    settings = {"max_length": max_length, "train_on": train_on, "data_format": data_format}
-    try:
-        entry = _cache_root(cache_dir) / _content_key(files, tokenizer, settings)
-    except UserError:
-        read()  # a missing file is one finding among those of the other files
-        raise
-    _once(entry, lambda: _build(entry, *read(), render, max_length=max_length))
-    report = DataReport(**json.loads((entry / "report.json").read_text()))
-    return datasets.Dataset.from_file(str(entry / "data.arrow")), report
-
-
-def fill_last_update(dataset: datasets.Dataset, rows: int) -> datasets.Dataset:
-    """The dataset with empty segments up to a multiple of ``rows``, so that every update has as many.
-
-    Without them accelerate repeats records on the ranks that would have none, and an epoch's last update
-    counts these twice. An empty segment has one token and no target.
-    """
-    import datasets
-
-    num_empty = -len(dataset) % rows
-    if not num_empty:
-        return dataset
-    empty = {"input_ids": [0], "labels": [template.IGNORE], "length": 1, "item": NO_ITEM}
-    filler = datasets.Dataset.from_list([empty] * num_empty, features=dataset.features)
-    return datasets.concatenate_datasets([dataset, filler])
+    pick("on_error", on_error, ON_ERROR)
+    pick("train_on", rules.train_on, template.TRAIN_ON)
+    pick("truncation", rules.truncation, length.TRUNCATION)
+    if rules.data_format not in (None, DOCUMENT):
+        pick("data format", rules.data_format, formats.FORMATS)
+    if rules.max_length < 2:
+        raise UserError(f"max_length is {rules.max_length}; at least 2: one token to see and one to predict")
+    if not 0 <= dev_ratio < 1:
+        raise UserError(f"dev_ratio is {dev_ratio}; expected a share, at least 0 and below 1")
+    root = cache.cache_root(cache_dir)
+    reports = report_directory(report_dir)
+    entries = entries_of(parse_sources(paths, allow_outside=allow_outside), tokenizer, rules, root, reports)
+    while wait and not all(entry.directory.exists() for entry in entries):
+        time.sleep(0.2)
+    prepare(entries, tokenizer, root, on_error, reports, num_workers)
+    data = _choose(entries, dedup=dedup, dev_ratio=dev_ratio, seed=seed)
+    if not len(data.train):
+        raise _nothing_left(data.report, entries)
+    return data
 
 
-def split_paths(paths: str | Sequence[str | Path]) -> list[str]:
-    """``"a.json, b.json"`` or a list as a list of file names; UserError when there is none."""
-    parts = paths.split(",") if isinstance(paths, str) else [str(path) for path in paths]
-    files = [part.strip() for part in parts if part.strip()]
-    if not files:
-        raise UserError("no data file given; pass --data_path FILE[,FILE...]")
-    return files
+def _choose(entries: list[Entry], *, dedup: bool, dev_ratio: float, seed: int) -> Data:
+    """Duplicates, shares of a mix and held-out records: all a choice of rows of the prepared segments."""
+    everything = TokenDataset([entry.directory for entry in entries])
+    first = everything.records()  # (R,) first segment of each record
+    source_of, content = everything.sources[first], everything.hashes[first]
+    is_copy = np.ones(len(first), bool)
+    is_copy[np.unique(content, return_index=True)[1]] = False
+    offered = np.flatnonzero(~is_copy) if dedup else np.arange(len(first))
+    of_source = [offered[source_of[offered] == number] for number in range(len(entries))]
+    drawn = mix([entry.source for entry in entries], [len(rows) for rows in of_source], seed)
+    chosen = [rows[picked] for rows, picked in zip(of_source, drawn, strict=True)]
+    surveys = [survey_of(entry) for entry in entries]
+    tokens_of = np.add.reduceat(everything.lengths, first) if len(first) else np.empty(0, np.int64)
+    reports = [
+        _report_source(
+            entry, found, rows, is_copy[source_of == number], tokens_of, source_of == number, dedup
+        )
+        for number, (entry, found, rows) in enumerate(zip(entries, surveys, chosen, strict=True))
+    ]
+    used = np.concatenate(chosen)
+    held_out = _hold_out(content[used], dev_ratio, seed)
+    train = everything.select(_segments_of(used[~held_out], first, len(everything)))
+    dev_rows = np.unique(used[held_out])  # what is repeated to be learnt is asked once
+    dev = everything.select(_segments_of(dev_rows, first, len(everything))) if dev_ratio else None
+    total = Survey()
+    for found in surveys:
+        total.merge(found)
+    return Data(train, dev, DataReport.of(reports, total, train, dev, entries[0].rules))
 
 
-def read_conversations(
-    files: Sequence[str], *, train_on: str = "all", data_format: str | None = None
-) -> tuple[list[list[Message]], Counter[str]]:
-    """Every conversation of the files in order, and how often each note of ``formats.parse`` was made.
-
-    Raises:
-        UserError: any record or file is wrong. All findings are collected first, up to 1000; the
-            message lists the first 20, one per line, and the total.
-    """
-    conversations: list[list[Message]] = []
-    notes: Counter[str] = Counter()
-    findings: list[UserError] = []
-    for path in files:
-        for record in reader.read_records(path, on_error=findings.append):
-            try:
-                messages, made = formats.parse(record.raw, data_format)
-                _require_target(messages, train_on)
-            except UserError as error:
-                findings.append(record.locate(error))
-            else:
-                conversations.append(messages)
-                notes.update(made)
-            if len(findings) >= MAX_FINDINGS:
-                raise _all_findings(findings)
-    if findings:
-        raise _all_findings(findings)
-    return conversations, notes
-
-
-def _require_target(messages: list[Message], train_on: str) -> None:
-    if train_on == "last" and not messages[-1].train:
-        turn = len(messages) - 1
-        raise UserError(f'turn {turn}: "train" is false on the last assistant turn, and train_on is "last"')
-
-
-def _all_findings(findings: list[UserError]) -> UserError:
-    total = len(findings)
-    if total == 1:
-        return findings[0]
-    lines = [f"  {finding}" for finding in findings[:MAX_SHOWN]]
-    if total > MAX_SHOWN:
-        lines.append(f"  ... and {total - MAX_SHOWN} more")
-    at_least = "at least " if total >= MAX_FINDINGS else ""
-    return UserError("\n".join([f"{at_least}{total} faults in the data, nothing was trained:", *lines]))
-
-
-def _cache_root(cache_dir: str | Path | None) -> Path:
-    root = Path(cache_dir or os.environ.get("BAICHUAN_SFT_CACHE") or "~/.cache/baichuan_sft").expanduser()
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise _no_cache(root, error) from None
-    return root
-
-
-def _no_cache(root: Path, error: OSError) -> EnvironmentFault:
-    way_out = "set BAICHUAN_SFT_CACHE to a writable directory with space"
-    return EnvironmentFault(f"cache directory {root}: {error.strerror}; {way_out}")
-
-
-def _once(entry: Path, build: Callable[[], None]) -> None:
-    """Make ``entry`` exist: ``build`` it in one process at a time, unless it is there already."""
-    from filelock import FileLock
-
-    if entry.exists():
-        return
-    try:
-        with FileLock(f"{entry}.lock"):
-            if not entry.exists():  # another process may have built it while this one waited
-                build()
-    except OSError as error:
-        raise _no_cache(entry.parent, error) from error
-
-
-def _content_key(files: Sequence[str], tokenizer: Any, settings: dict[str, Any]) -> str:
-    """sha256 over all that decides the ids: data, vocabulary, the code that reads and renders, settings."""
-    from baichuan_sft.model import sentencepiece_baichuan
-
-    code: list[Any] = [formats, reader, template, segments, sentencepiece_baichuan, type(tokenizer)]
-    versions = {"sentencepiece": version("sentencepiece"), "sp_model_kwargs": tokenizer.sp_model_kwargs}
-    settings = settings | versions
-    parts = [str(CACHE_VERSION).encode(), json.dumps(settings, sort_keys=True).encode()]
-    parts += [Path(inspect.getfile(source)).read_bytes() for source in code]
-    parts.append(Path(tokenizer.vocab_file).read_bytes())
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(hashlib.sha256(part).digest())
-    for path in files:
-        digest.update(hashlib.sha256(reader.read_bytes(path)).digest())
-    return digest.hexdigest()
-
-
-def _build(
-    entry: Path,
-    conversations: list[list[Message]],
-    notes: Counter[str],
-    render: Callable[[tuple[int, list[list[Message]]]], Chunk],
-    *,
-    max_length: int,
-) -> None:
-    """Write ``entry`` as a whole or not at all: into a directory beside it, then renamed."""
-    starts = range(0, len(conversations), CHUNK)
-    chunks = [(start, conversations[start : start + CHUNK]) for start in starts]
-    temporary = entry.with_suffix(".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)  # left by a process that was killed
-    temporary.mkdir()
-    try:
-        counts: Counter[str] = Counter()
-        reach: list[int] = []
-        rendered = map(render, chunks)  # SentencePiece itself uses all cores
-        write_arrow(temporary / "data.arrow", tally(tracked(rendered, len(chunks)), counts, reach))
-        counts["trailing_user_turns_dropped"] = notes[formats.DROPPED_TRAILING_USER]
-        counts["empty_user_turns"] = notes[formats.EMPTY_USER_TURN]
-        counts["max_length"] = max_length
-        if not counts["used"]:
-            raise _nothing_left(len(conversations), max_length, reach)
-        report = DataReport(**{field.name: counts[field.name] for field in fields(DataReport)})
-        assert report.read == len(conversations)
-        (temporary / "report.json").write_text(json.dumps(report.to_dict(), indent=1))
-        os.rename(temporary, entry)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _nothing_left(read: int, max_length: int, reach: list[int]) -> UserError:
-    return UserError(
-        f"nothing is left of {read} conversations: max_length {max_length} cuts every one before its first "
-        f"target; the shortest prompt is {min(reach)} tokens. Pass a max_length above {min(reach)}, "
-        "better one that holds the answers too."
+def _report_source(
+    entry: Entry,
+    found: Survey,
+    rows: np.ndarray,
+    copies: np.ndarray,
+    tokens_of: np.ndarray,
+    mine: np.ndarray,
+    dedup: bool,
+) -> SourceReport:
+    distinct = np.unique(rows)
+    dropped = int(copies.sum()) if dedup else 0
+    counts = found.counts
+    return SourceReport(
+        path=entry.state.path,
+        sha256=entry.state.sha256,
+        read=counts["read"],
+        used=len(distinct),
+        rejected=counts["rejected"],
+        duplicates=int(copies.sum()),
+        duplicates_dropped=dropped,
+        no_target=counts["no_target"],
+        too_long=counts["too_long"],
+        not_drawn=int(mine.sum()) - dropped - len(distinct),
+        repeats=len(rows) - len(distinct),
+        tokens_rendered=counts["rendered"],
+        tokens_used=int(tokens_of[distinct].sum()),
+        tokens_lost=counts["lost"],
+        tokens_not_used=int(tokens_of[mine].sum() - tokens_of[distinct].sum()),
     )
+
+
+def _segments_of(records: np.ndarray, first: np.ndarray, num_segments: int) -> np.ndarray:
+    """The segments of these records, in their order."""
+    ends = np.append(first[1:], num_segments)
+    sizes = (ends - first)[records] if len(records) else np.empty(0, np.int64)
+    if sizes.sum() == len(records):
+        return first[records]
+    starts = np.repeat(first[records] - np.cumsum(sizes) + sizes, sizes)
+    return starts + np.arange(sizes.sum())
+
+
+def _hold_out(content: np.ndarray, ratio: float, seed: int) -> np.ndarray:
+    """Which records are held out: those whose content, mixed with the seed, comes first."""
+    if not ratio or not len(content):
+        return np.zeros(len(content), bool)
+    with np.errstate(over="ignore"):
+        key = (content ^ np.uint64(seed)) * np.uint64(0x9E3779B97F4A7C15)
+        key = (key ^ (key >> np.uint64(32))) * np.uint64(0xD6E8FEB86659FD93)
+    different = np.unique(key)
+    wanted = min(max(1, round(ratio * len(different))), len(different) - 1)
+    return key < different[wanted] if wanted else np.zeros(len(content), bool)
+
+
+def _nothing_left(report: DataReport, entries: list[Entry]) -> UserError:
+    prompts = [found for entry in entries if (found := survey_of(entry).shortest_prompt)]
+    why = report.balance()
+    if prompts:
+        least, limit = min(prompts), entries[0].rules.max_length
+        why = (
+            f"max_length {limit} leaves no target in any; the shortest prompt is {least} tokens. Pass a "
+            f"--model_max_length above {least}, better one that holds the answers too"
+        )
+    return UserError(f"nothing is left of {report.total('read'):,} records: {why}.")

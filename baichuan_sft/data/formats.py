@@ -1,200 +1,227 @@
-"""Raw records to conversations: the table of data formats and the rules every conversation obeys.
+"""Raw records to conversations: the table of data formats, and how a record tells which one it has.
 
-No tokenizer and no files here. A message of an error starts with the turn it is about
-("turn 2: ..."); the reader puts the file, the line and the item in front.
+No tokenizer and no files here. A fault says the turn and the path to the value within the record;
+the reader knows the file and finds the line. What holds in every format is in turns.py and texts.py.
 """
 
 from __future__ import annotations
 
-import unicodedata
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from baichuan_sft.errors import UserError, pick, suggest
+from baichuan_sft.data.findings import RecordFault
+from baichuan_sft.data.texts import Place, escaped, inspect, key_names, kind, require_text, shown
+from baichuan_sft.data.turns import TURN_KEYS, Message, check_order, read_turns, refuse_tools
+from baichuan_sft.errors import pick
 
-ROLE_ALIASES = {
-    "system": "system",
-    "human": "user",
-    "user": "user",
-    "用户": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "bot": "assistant",
-    "助手": "assistant",
-}
-JSON_KINDS = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
+__all__ = ["FORMATS", "Message", "check_order", "escaped", "kind", "parse", "shown"]
 
-DROPPED_TRAILING_USER = "trailing user turn dropped"
-EMPTY_USER_TURN = "empty user turn"
+# What data sets say about a record and nobody misses: not worth a line in the report.
+SILENT_KEYS = {"id", "idx", "source", "lang", "language", "category"}
+NOT_THERE = (None, "")  # values of an optional key
+Parsed = tuple[list[Message], list[RecordFault]]
 
 
-@dataclass(frozen=True)
-class Message:
-    """One turn of a conversation.
-
-    Attributes:
-        role: "system", "user" or "assistant".
-        text: as written in the file, neither stripped nor formatted.
-        train: False keeps an assistant turn as context and makes none of its tokens a target.
-    """
-
-    role: str
-    text: str
-    train: bool = True
-
-
-def parse(raw: Any, data_format: str | None = None) -> tuple[list[Message], list[str]]:
+def parse(
+    raw: Any,
+    data_format: str | None = None,
+    *,
+    merge_consecutive: bool = False,
+    tally: Counter[str] | None = None,
+) -> Parsed:
     """The conversation of one record, ready to render.
 
     Args:
         raw: what the JSON parser made of the record.
-        data_format: a name in ``FORMATS``; None means "belle".
+        data_format: a name in ``FORMATS``; None tells it from the keys of the record.
+        merge_consecutive: join turns of one role in a row with a line break instead of refusing them.
+        tally: counts what was accepted: ``turns``, ``format:belle``, ``role:human`` as written in the
+            file, ``key:NAME`` of each key of a record or turn that nothing reads.
     Returns:
-        The messages, ending with an assistant turn, and the name of every normalisation or
-        warning the record caused (``DROPPED_TRAILING_USER``, ``EMPTY_USER_TURN``).
+        The messages, ending with an assistant turn or being one of role "text", and what is worth
+        saying of them (DATA030 to DATA035).
     Raises:
-        UserError: unknown format, or the record breaks a rule; no file location in the message.
+        UserError: unknown format.
+        RecordFault: the record breaks a rule.
     """
-    messages = pick("data format", data_format or "belle", FORMATS)(raw)
-    notes = [EMPTY_USER_TURN for m in messages if m.role == "user" and not m.text]
-    if messages[-1].role == "user":
-        # Nothing answers it, so nothing in it can be learnt.
-        messages = messages[:-1]
-        notes.append(DROPPED_TRAILING_USER)
+    if type(raw) is not dict:
+        raise RecordFault("DATA010", f"expected an object, got {kind(raw)}")
+    name = data_format or detect(raw)
+    form = pick("data format", name, FORMATS)
+    if form.keys[0] not in raw and data_format:
+        raise _no_key(raw, form.keys[0])
+    messages, notes = form.read(raw, merge_consecutive)
+    if tally is not None:
+        tally[f"format:{name}"] += 1
+        tally["turns"] += len(messages)
+        _count_names(raw, form, tally)
     return messages, notes
 
 
-def belle(raw: Any) -> list[Message]:
+def detect(raw: dict[str, Any]) -> str:
+    """The name of the format whose marks are keys of ``raw``.
+
+    Raises:
+        RecordFault: no format's, or those of two.
+    """
+    marks = MARKS.keys() & raw.keys()
+    if len(marks) > 1:
+        marks.discard("text")  # Alpaca's own files repeat the whole prompt there
+    if len(marks) == 1:
+        return MARKS[marks.pop()]
+    names = {MARKS[mark]: mark for mark in reversed(MARKS) if mark in marks}
+    if not names:
+        raise _no_key(raw, "conversations")
+    if len(names) > 1:
+        both = " and ".join(f'"{mark}" ({name})' for name, mark in reversed(names.items()))
+        raise RecordFault("DATA011", f"keys of {len(names)} formats: {both}; pass --data_format")
+    return next(iter(names))
+
+
+def _no_key(raw: dict[str, Any], key: str) -> RecordFault:
+    known = f"Known formats: {', '.join(FORMATS)}; pass --data_format"
+    return RecordFault("DATA011", f'no key "{key}"; keys: {key_names(raw)}. {known}')
+
+
+def _count_names(raw: dict[str, Any], form: Format, tally: Counter[str]) -> None:
+    unread = [key for key in raw if key not in form.keys and key not in SILENT_KEYS]
+    turns = raw[form.keys[0]]
+    if type(turns) is list:
+        roles = [turn.get("from") or turn["role"] for turn in turns]
+        for role in set(roles):
+            tally["role:" + role] += roles.count(role)
+        if sum(map(len, turns)) != 2 * len(turns):
+            unread += [key for turn in turns for key in turn if key not in TURN_KEYS]
+    for key in unread:
+        tally["key:" + shown(key, 30)[1:-1]] += 1
+
+
+def belle(raw: dict[str, Any], merge: bool) -> Parsed:
     """A Belle (ShareGPT) record: ``{"conversations": [{"from", "value", "train"?}, ...], "system"?}``.
 
     ``role`` and ``content`` are read as ``from`` and ``value``, a ``system`` beside the turns as a
-    first system turn; other keys are left alone.
+    first system turn.
 
-    Returns:
-        The messages in file order; a last user turn is still there.
-    Raises:
-        UserError: a key, a type, a role or the order of the turns is wrong.
     Source: github.com/LianjiaTech/BELLE and baichuan-inc/Baichuan2 fine-tune/data.
     """
-    if not isinstance(raw, dict):
-        raise UserError(f"expected an object, got {kind(raw)}")
-    if "conversations" not in raw:
-        raise UserError(f'no key "conversations"; keys: {_names(raw)}. Known formats: {", ".join(FORMATS)}.')
-    turns = raw["conversations"]
-    if turns is None:
-        raise UserError('"conversations" is null, expected a list of turns')
-    if not isinstance(turns, list):
-        raise UserError(f'"conversations" must be a list, got {kind(turns)}')
-    messages = [_belle_turn(f"turn {index}", turn) for index, turn in enumerate(turns)]
-    check_order(messages)
-    return _system_beside(raw, messages)
+    return _conversation(raw, "conversations", ("from", "value"), merge)
 
 
-def _system_beside(raw: dict[str, Any], messages: list[Message]) -> list[Message]:
-    if raw.get("tools") not in (None, "", "[]", []):
-        raise UserError('"tools" is not empty; tool calls are not supported, remove the record or the key')
-    if raw.get("system") in (None, ""):
-        return messages
-    text = _text('key "system"', "system", raw["system"])
-    if messages[0].role == "system":
-        raise UserError('turn 0: a system turn, and "system" stands beside the turns as well; keep one')
-    return [Message("system", text), *messages]
+def openai(raw: dict[str, Any], merge: bool) -> Parsed:
+    """An OpenAI fine-tuning record: ``{"messages": [{"role", "content", "weight"?}, ...]}``.
+
+    "weight": 0 on an assistant message is "train": false; the role "developer" is a system.
+
+    Source: platform.openai.com/docs/api-reference/fine-tuning/chat-input.
+    """
+    return _conversation(raw, "messages", ("role", "content"), merge)
 
 
-def _belle_turn(where: str, turn: Any) -> Message:
-    if not isinstance(turn, dict):
-        raise UserError(f"{where}: expected an object {{from, value}}, got {kind(turn)}")
-    role = _role(where, *_field(where, turn, "from", "role"))
-    text = _text(where, *_field(where, turn, "value", "content"))
-    train = turn.get("train", True)
-    if not isinstance(train, bool):
-        raise UserError(f'{where}: "train" is {kind(train)}, expected true or false')
-    if train and "train" in turn and role != "assistant":
-        raise UserError(f'{where}: "train": true on a {role} turn; only assistant turns can be learnt')
-    if role == "assistant" and not text:
-        raise UserError(f"{where}: assistant text is empty - it would teach the model to say nothing")
-    return Message(role, text, train)
+def _conversation(raw: dict[str, Any], key: str, fields: tuple[str, str], merge: bool) -> Parsed:
+    refuse_tools(raw)
+    messages, notes = read_turns(raw, key, fields, merge)
+    if "system" not in raw:
+        return messages, notes
+    system, said = _system(raw)
+    if system and messages[0].role == "system":
+        what = 'a system turn, and "system" stands beside the turns as well; keep one'
+        raise RecordFault("DATA019", what, turn=0, at=(key, 0))
+    return system + messages, said + notes
 
 
-def _field(where: str, turn: dict[str, Any], name: str, other: str) -> tuple[str, Any]:
-    if name in turn and other in turn:
-        raise UserError(f'{where}: has both "{name}" and "{other}", keep one')
-    key = name if name in turn else other
-    if key not in turn:
-        raise UserError(f'{where}: no key "{name}"; keys: {_names(turn)}')
-    return key, turn[key]
+def alpaca(raw: dict[str, Any], merge: bool) -> Parsed:
+    """An Alpaca record: ``{"instruction", "input"?, "output", "history"?, "system"?}``.
+
+        history [[q0, a0]], instruction i, input x, output o
+        -> user q0, assistant a0, user i + line break + x, assistant o
+
+    Turns count from 0 in that order; the answers of the history are learnt as the last one is. An
+    optional key that is null or "" is not there.
+
+    Source: tatsu-lab/stanford_alpaca; history and the join as in LLaMA-Efficient-Tuning.
+    """
+    refuse_tools(raw)
+    for key in ("instruction", "output"):
+        if key not in raw:
+            raise RecordFault("DATA014", f'no key "{key}"; keys: {key_names(raw)}')
+    history = _history(raw)
+    said = [_system(raw), *history, _question(raw, len(history))]
+    said.append(_message("assistant", raw["output"], len(history) + 1, ("output",)))
+    return [m for messages, _ in said for m in messages], [note for _, notes in said for note in notes]
 
 
-def _role(where: str, key: str, value: Any) -> str:
-    if not isinstance(value, str):
-        raise UserError(f'{where}: "{key}" is {kind(value)}, expected a role: {", ".join(ROLE_ALIASES)}')
-    name = value.casefold()
-    if name not in ROLE_ALIASES:
-        hint = suggest(name, list(ROLE_ALIASES)) or "."
-        raise UserError(f"{where}: unknown role {shown(value)}{hint} Known: {', '.join(ROLE_ALIASES)}.")
-    return ROLE_ALIASES[name]
+def _history(raw: dict[str, Any]) -> list[Parsed]:
+    """The messages before the instruction, two for each pair."""
+    pairs = [] if raw.get("history") in NOT_THERE else raw["history"]
+    if type(pairs) is not list:
+        what = f'"history" must be a list of [question, answer], got {kind(pairs)}'
+        raise RecordFault("DATA012", what, at=("history",))
+    said = []
+    for index, pair in enumerate(pairs):
+        if type(pair) is not list or len(pair) != 2:
+            got = f"a list of {len(pair)}" if type(pair) is list else kind(pair)
+            what = f"expected [question, answer], got {got}"
+            raise RecordFault("DATA013", what, turn=2 * index, at=("history", index))
+        said.append(_message("user", pair[0], 2 * index, ("history", index, 0)))
+        said.append(_message("assistant", pair[1], 2 * index + 1, ("history", index, 1)))
+    return said
 
 
-def _text(where: str, key: str, value: Any) -> str:
-    if isinstance(value, list) and value and all(isinstance(part, dict) for part in value):
-        parts = Counter(str(part.get("type", "untyped")) for part in value)
-        counts = ", ".join(f"{count} {shown(name)} part" for name, count in parts.items())
-        raise UserError(f'{where}: "{key}" is a list of content parts ({counts}); this model is text-only')
-    if not isinstance(value, str):
-        raise UserError(f'{where}: "{key}" is {kind(value)}, expected text')
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        half = f"U+{ord(value[error.start]):04X}"
-        raise UserError(f'{where}: "{key}" has a lone surrogate {half}, not encodable as UTF-8') from None
-    return value
+def _question(raw: dict[str, Any], turn: int) -> Parsed:
+    """The user turn of an Alpaca record; one half may be blank, so it is looked at with no role."""
+    alone = raw.get("input") in NOT_THERE
+    (first,), notes = _message("user" if alone else "", raw["instruction"], turn, ("instruction",))
+    if alone:
+        return [first], notes
+    role = "" if first.text.strip() else "user"
+    (second,), more = _message(role, raw["input"], turn, ("input",))
+    both = "\n".join(part for part in (first.text, second.text) if part)
+    return [Message("user", both)], notes + more
 
 
-def check_order(messages: list[Message]) -> None:
-    """Raise UserError unless the turns are [system] user assistant ... [user] with one to learn."""
-    if not messages:
-        raise UserError("conversation has no turns")
-    first = 1 if messages[0].role == "system" else 0
-    for index in range(first, len(messages)):
-        role = messages[index].role
-        if role == "system":
-            raise UserError(f"turn {index}: system turn after the conversation started")
-        if index > first and role == messages[index - 1].role:
-            raise UserError(f"turn {index}: two {role} turns in a row (turns {index - 1}-{index})")
-    roles = {message.role for message in messages}
-    if "user" not in roles:
-        raise UserError("no user turn - there is no question to learn the answer of")
-    if "assistant" not in roles:
-        raise UserError("no assistant turn - nothing to supervise")
-    if messages[first].role == "assistant":
-        raise UserError(f"turn {first}: the conversation starts with the assistant, expected a user turn")
-    if not any(message.role == "assistant" and message.train for message in messages):
-        raise UserError('every assistant turn has "train": false - nothing to supervise')
+def text(raw: dict[str, Any], merge: bool) -> Parsed:
+    """A record of continued pre-training: ``{"text"}``; every token of it is learnt."""
+    messages, notes = _message("text", raw["text"], None, ("text",))
+    if not messages[0].text.strip():
+        raise RecordFault("DATA020", '"text" is empty - nothing to learn', at=("text",))
+    return messages, notes
 
 
-def kind(value: Any) -> str:
-    """What a JSON value is, in words, with the value where it is a number: "a number (42)"."""
-    return JSON_KINDS.get(type(value)) or f"a number ({str(value)[:20]})"
+def _system(raw: dict[str, Any]) -> Parsed:
+    """The system message beside the turns, none where it is null or empty."""
+    if raw.get("system") in NOT_THERE:
+        return [], []
+    return _message("system", raw["system"], None, ("system",))
 
 
-def shown(text: str, limit: int = 80) -> str:
-    """``text`` in double quotes for a terminal: cut at ``limit`` characters, control characters escaped."""
-    cut = text if len(text) <= limit else text[:limit] + "..."
-    return '"' + "".join(escaped(char) for char in cut) + '"'
+def _message(role: str, value: Any, turn: int | None, at: Place) -> Parsed:
+    checked = require_text(value, turn, at)
+    return [Message(role, checked)], inspect(role, checked, turn, at)
 
 
-def escaped(char: str) -> str:
-    """One character, or its escape where printing it could move the cursor, hide or reorder text."""
-    if char in ' "' or not unicodedata.category(char).startswith(("C", "Z")):
-        return char
-    return char.encode("unicode_escape").decode("ascii")
+@dataclass(frozen=True)
+class Format:
+    """How one format is read.
+
+    Attributes:
+        read: of the record and ``merge_consecutive``.
+        keys: of the record that it reads; it cannot do without the first.
+        marks: keys of which one tells the format; none for a second name of a format.
+    """
+
+    read: Callable[[dict[str, Any], bool], Parsed]
+    keys: tuple[str, ...]
+    marks: tuple[str, ...] = ()
 
 
-def _names(record: dict[str, Any]) -> str:
-    names = ", ".join(shown(key, 30)[1:-1] for key in list(record)[:10])
-    return f"[{names}{', ...' if len(record) > 10 else ''}]"
-
-
-FORMATS: dict[str, Callable[[Any], list[Message]]] = {"belle": belle, "sharegpt": belle}
+CHAT = ("system", "tools", "functions")
+FORMATS: dict[str, Format] = {
+    "belle": Format(belle, ("conversations", *CHAT), ("conversations",)),
+    "sharegpt": Format(belle, ("conversations", *CHAT)),
+    "messages": Format(openai, ("messages", *CHAT), ("messages",)),
+    "alpaca": Format(alpaca, ("instruction", "input", "output", "history", *CHAT), ("instruction", "output")),
+    "text": Format(text, ("text",), ("text",)),
+}
+MARKS = {mark: name for name, form in FORMATS.items() for mark in form.marks}

@@ -1,248 +1,152 @@
-"""Files to raw records: JSON arrays and JSON Lines, told apart by content, every fault with its place.
+"""Files to raw records: JSON arrays, JSON Lines, plain text, parquet and datasets, in the memory of a record.
 
-Faults read ``path:line:col: what is wrong``, line and column counted from 1 in characters. The
-whole file is held in memory while it is read.
+What a file is, its content tells and never its suffix. Lines and columns count from 1 in characters.
 """
 
 from __future__ import annotations
 
-import json
-import re
+import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NoReturn
 
-from baichuan_sft.data.formats import escaped, shown
-from baichuan_sft.errors import UserError
+from baichuan_sft.data.files import ReadOptions, is_dataset_dir, open_bytes, require_file
+from baichuan_sft.data.findings import DataFault, Finding, RecordFault
+from baichuan_sft.data.json_array import Array
+from baichuan_sft.data.json_text import RawRecord, decode, locate, utf8
+from baichuan_sft.data.sniff import WHITE, Refused, Text, is_array, mib, refuse_other_files
+from baichuan_sft.data.tables import dataset_rows, is_parquet, parquet_rows
+from baichuan_sft.errors import pick
 
-EXPECTED = "expected a list of records or one record per line"
-COMMENTS = ("//", "#", "/*")
-SPACE = re.compile(r"[ \t\r\n]*")
-NOT_JSON_NUMBER = re.compile(r'"(?:[^"\\]|\\.)*"|(NaN|-?Infinity)')
-OTHER_FILE_TYPES = {
-    b"\x1f\x8b": "a gzip file; unpack it first: gunzip -k {path}",
-    b"\x28\xb5\x2f\xfd": "a zstd file; unpack it first: unzstd -k {path}",
-    b"PAR1": "a parquet file; export it to JSON Lines first",
-    b"PK\x03\x04": "a zip file; unpack it first",
-    b"\xff\xfe": "UTF-16 LE (byte order mark FF FE); convert it: iconv -f utf-16 -t utf-8 {path}",
-    b"\xfe\xff": "UTF-16 BE (byte order mark FE FF); convert it: iconv -f utf-16 -t utf-8 {path}",
+__all__ = ["LAYOUTS", "RawRecord", "decode", "locate", "read_raw"]
+
+DEFAULTS = ReadOptions()
+OnFinding = Callable[[Finding, bytes | None], None]  # what was found, and the bytes that are rejected for it
+
+
+def read_raw(
+    path: str | os.PathLike[str],
+    on_finding: OnFinding,
+    *,
+    layout: str = "json",
+    options: ReadOptions = DEFAULTS,
+) -> Iterator[RawRecord]:
+    """The records of one file in file order; ``decode`` makes values of them.
+
+    Args:
+        path: a file, gzip and zstd unpacked on the way, or a directory that ``datasets`` saved.
+        on_finding: told what is wrong with the file, and what was normalised. Reading goes on behind a
+            line that is too long, and ends where nothing behind can be trusted.
+        layout: ``json`` is an array, one object per line, parquet or a datasets directory; ``lines``
+            makes ``{"text": line}`` of every line that is not blank, ``document`` one of the file.
+    """
+    path = os.fspath(path)
+    read = pick("layout", layout, LAYOUTS)
+    try:
+        try:
+            require_file(path)
+        except DataFault as fault:
+            raise Refused(fault.findings[0]) from None
+        if is_dataset_dir(path):
+            yield from dataset_rows(path)
+        elif layout == "json" and is_parquet(path):
+            yield from parquet_rows(path)
+        else:
+            with open_bytes(path, options) as source:
+                text = Text(path, source, options)
+                if text.skip_bom():
+                    on_finding(Finding("DATA003", path, "byte order mark removed", 1, 1), None)
+                refuse_other_files(text)
+                yield from read(text, on_finding)
+    except Refused as refused:
+        on_finding(refused.finding, refused.raw)
+
+
+def _json(text: Text, on_finding: OnFinding) -> Iterator[RawRecord]:
+    text.skip_space()
+    yield from Array(text).records() if is_array(text) else _json_lines(text, on_finding)
+
+
+def _json_lines(text: Text, on_finding: OnFinding) -> Iterator[RawRecord]:
+    """One record per line that is not blank; only \\n ends a line, U+2028 may stand in a string."""
+    item, column, start = 0, text.column, text.start
+    for number, (line, size) in enumerate(_lines(text), start=text.line):
+        if line is None:
+            on_finding(_too_long(text, number, item), None)
+            item += 1
+        elif data := line.strip(WHITE):
+            lead = 0 if line.startswith(b"{") else len(line) - len(line.lstrip(WHITE))
+            yield RawRecord(item, number, column + lead, data, start + lead)
+            item += 1
+        start, column = start + size, 1
+
+
+def _text_lines(text: Text, on_finding: OnFinding) -> Iterator[RawRecord]:
+    item, start = 0, text.start
+    for number, (line, size) in enumerate(_lines(text), start=1):
+        if line is None:
+            on_finding(_too_long(text, number, item), None)
+            item += 1
+        elif line.strip():
+            record = RawRecord(item, number, 1, line.removesuffix(b"\r"), start)
+            yield from _as_text(record, text.path, on_finding)
+            item += 1
+        start += size
+    if not item:
+        raise Refused(Finding("DATA004", text.path, "holds nothing but white space"))
+
+
+def _document(text: Text, on_finding: OnFinding) -> Iterator[RawRecord]:
+    pieces, size = [], 0
+    for block in text.blocks():
+        pieces.append(block)
+        size += len(block)
+        if size > text.options.max_line:
+            limit = mib(text.options.max_line)
+            raise Refused(Finding("DATA008", text.path, f"document longer than {limit}", 1, 1, 0))
+    record = RawRecord(0, 1, 1, b"".join(pieces), text.start)
+    if not b"".join(pieces).strip():
+        raise Refused(Finding("DATA004", text.path, "holds nothing but white space"))
+    yield from _as_text(record, text.path, on_finding)
+
+
+def _as_text(record: RawRecord, path: str, on_finding: OnFinding) -> Iterator[RawRecord]:
+    """The record with its text as its value, or the finding that it is not UTF-8."""
+    assert isinstance(record.data, bytes)
+    try:
+        content = utf8(record.data)
+    except RecordFault as fault:
+        on_finding(locate(record, fault, path), record.data)
+    else:
+        yield record._replace(data={"text": content})
+
+
+LAYOUTS: dict[str, Callable[[Text, OnFinding], Iterator[RawRecord]]] = {
+    "json": _json,
+    "lines": _text_lines,
+    "document": _document,
 }
 
 
-@dataclass(frozen=True)
-class Record:
-    """One raw record and where it stands.
-
-    Attributes:
-        line: 1-based line of its first character.
-        item: 0-based number within the file; lines that are not JSON are counted too.
-        raw: what the JSON parser returned, of any type.
-    """
-
-    path: str
-    line: int
-    item: int
-    raw: Any
-
-    def locate(self, error: UserError) -> UserError:
-        """``error`` with the file, line and item in front: ``a.json:41 item 3 turn 2: ...``."""
-        joint = " " if str(error).startswith("turn ") else ": "
-        return UserError(f"{self.path}:{self.line} item {self.item}{joint}{error}")
+def _too_long(text: Text, line: int, item: int) -> Finding:
+    return Finding("DATA008", text.path, f"line longer than {mib(text.options.max_line)}", line, 1, item)
 
 
-def stop(error: UserError) -> NoReturn:
-    """The default of ``on_error``: raise it."""
-    raise error
-
-
-def read_records(path: str | Path, *, on_error: Callable[[UserError], None] = stop) -> Iterator[Record]:
-    """The records of one JSON array or JSON Lines file, in file order.
-
-    Args:
-        path: a UTF-8 file, with or without a byte order mark, whatever its suffix.
-        on_error: called with every fault. When it returns, reading goes on with the next line of
-            JSON Lines; nothing more comes out of a broken array, where no item start can be trusted.
-    Raises:
-        UserError: from ``on_error``; a missing file, one that is not UTF-8, malformed JSON.
-    """
-    path = str(path)
-    try:
-        text = _read_text(path)
-        start = _skip_space(text, 0)
-        if start == len(text):
-            raise UserError(f"{path}: the file holds nothing but white space")
-        if text[start] == "[":
-            yield from _read_array(path, text, start)
-            return
-        _require_lines(path, text, start)
-    except UserError as error:
-        on_error(error)
-        return
-    yield from _read_lines(path, text, on_error)
-
-
-def read_bytes(path: str | Path) -> bytes:
-    """The bytes of a data file, or a UserError that says why there are none."""
-    file = Path(path)
-    if file.is_dir():
-        raise UserError(f"{path} is a directory; pass a file")
-    if not file.exists():
-        raise UserError(f"{path}: no such file")
-    if not file.is_file():
-        raise UserError(f"{path} is not a regular file; pass a JSON or JSON Lines file")
-    try:
-        data = file.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    if not data:
-        raise UserError(f"{path}: file is empty (0 bytes)")
-    return data
-
-
-def _read_text(path: str) -> str:
-    data = read_bytes(path)
-    for magic, what in OTHER_FILE_TYPES.items():
-        if data.startswith(magic):
-            raise UserError(f"{path}: looks like {what.format(path=path)}")
-    try:
-        return data.decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        line, column = _place(data[: error.start].decode("utf-8"), error.start)
-        raise UserError(
-            f"{path}:{line}:{column}: not UTF-8, byte {data[error.start]:02X} at byte {error.start}"
-            f"{_other_encoding(data, path)}"
-        ) from None
-
-
-def _other_encoding(data: bytes, path: str) -> str:
-    try:
-        data.decode("gb18030")
-    except UnicodeDecodeError:
-        return "; repair the text or convert the file to UTF-8"
-    return f"; the bytes decode as GB18030, convert it: iconv -f gb18030 -t utf-8 {path}"
-
-
-def _read_array(path: str, text: str, start: int) -> Iterator[Record]:
-    position = _skip_space(text, start + 1)
-    item, line, counted = 0, 1, 0
-    if text[position : position + 1] == "]":
-        raise UserError(f"{path}: no items, the list is empty")
-    while True:
-        line, counted = line + text.count("\n", counted, position), position
-        raw, position = _decode(path, text, position)
-        yield Record(path, line, item, raw)
-        item += 1
-        position = _skip_space(text, position)
-        mark = text[position : position + 1]
-        if mark == "]":
-            break
-        if mark != ",":
-            raise _fault(path, text, position, f"expected , or ] after item {item - 1}")
-        position = _skip_space(text, position + 1)
-        if text[position : position + 1] == "]":
-            raise _fault(path, text, position, "trailing comma before ]")
-    rest = _skip_space(text, position + 1)
-    if rest != len(text):
-        raise _fault(path, text, rest, f"text after the end of the list; {EXPECTED}")
-
-
-def _read_lines(path: str, text: str, on_error: Callable[[UserError], None]) -> Iterator[Record]:
-    # Only "\n" ends a line: str.splitlines would also cut at U+2028, which JSON strings may hold.
-    item = 0
-    for number, line in enumerate(text.split("\n"), start=1):
-        start = _skip_space(line, 0)
-        if start == len(line):
+def _lines(text: Text) -> Iterator[tuple[bytes | None, int]]:
+    """Each line without its \\n, None for one longer than allowed, and the bytes it takes with its \\n."""
+    limit = text.options.max_line
+    pieces: list[bytes] = []  # of the line that goes on
+    held = 0  # its bytes, of which none are kept beyond the limit
+    for block in text.blocks():
+        first, *lines = block.split(b"\n")
+        held += len(first)
+        pieces.append(first)
+        if held > limit:
+            pieces.clear()
+        if not lines:
             continue
-        try:
-            raw, end = _decode(path, line, start, first_line=number)
-            rest = _skip_space(line, end)
-            if rest != len(line):
-                raise _fault(path, line, rest, "text after the record; one record per line", number)
-            yield Record(path, number, item, raw)
-        except UserError as error:
-            on_error(error)
-        item += 1
-
-
-def _require_lines(path: str, text: str, start: int) -> None:
-    """Return when the text is JSON Lines; otherwise raise a UserError that says what it is instead."""
-    if text[start] != "{":
-        is_comment = text.startswith(COMMENTS, start)
-        what = "comments are not JSON" if is_comment else "neither JSON nor JSON Lines"
-        raise _fault(path, text, start, f"{what}, {EXPECTED}; starts with {shown(text[start : start + 20])}")
-    head = [line for line in text[start:].split("\n", 50) if line.strip()][:2]
-    if any(_is_object(line) for line in head):
-        return
-    raw, end = _decode(path, text, start)
-    if _skip_space(text, end) != len(text):
-        raise _fault(path, text, end, "several objects over many lines each; put one per line: jq -c . FILE")
-    keys = ", ".join(shown(key, 30)[1:-1] for key in list(raw)[:10])
-    raise _fault(path, text, start, f"{EXPECTED}, got one object with keys [{keys}]")
-
-
-def _is_object(line: str) -> bool:
-    try:
-        return isinstance(json.loads(line), dict)
-    except (ValueError, RecursionError):
-        return False
-
-
-def _decode(path: str, text: str, position: int, first_line: int = 1) -> tuple[Any, int]:
-    try:
-        return DECODER.raw_decode(text, position)
-    except json.JSONDecodeError as error:
-        raise _fault(path, text, error.pos, _explain(error), first_line) from None
-    except RecursionError:
-        raise _fault(path, text, position, "nested too deeply to be a record", first_line) from None
-    except _NotJson as error:
-        bad = next(found for found in NOT_JSON_NUMBER.finditer(text, position) if found[1])
-        raise _fault(path, text, bad.start(), str(error), first_line) from None
-    except ValueError:
-        # The C scanner refuses to convert integers of more than 4300 digits.
-        raise _fault(path, text, position, "a number of more than 4300 digits here", first_line) from None
-
-
-class _NotJson(Exception):
-    pass
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise _NotJson(f"{name} is not JSON")
-
-
-DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
-
-
-def _explain(error: json.JSONDecodeError) -> str:
-    char = error.doc[error.pos : error.pos + 1]
-    if error.msg.startswith("Unterminated string"):
-        return "the text ends inside a string - truncated download?"
-    if not error.doc[error.pos :].strip():
-        return "the text ends inside a record - truncated download?"
-    if error.msg.startswith("Invalid control character"):
-        names = {"\t": "TAB, write \\t", "\n": "line break, write \\n"}
-        return f"raw control character inside a string: {names.get(char, escaped(char) + ', escape it')}"
-    if char == "'":
-        return "JSON needs double quotes - this looks like a Python repr"
-    if char in "}]" and error.doc[: error.pos].rstrip().endswith(","):
-        return f"trailing comma before {char}"
-    if error.doc.startswith(COMMENTS, error.pos):
-        return "comments are not JSON"
-    return f"malformed JSON: {error.msg[0].lower()}{error.msg[1:]}"
-
-
-def _fault(path: str, text: str, position: int, what: str, first_line: int = 1) -> UserError:
-    line, column = _place(text, position)
-    return UserError(f"{path}:{line + first_line - 1}:{column}: {what}")
-
-
-def _place(text: str, position: int) -> tuple[int, int]:
-    before = text[:position]
-    return before.count("\n") + 1, len(before) - (before.rfind("\n") + 1) + 1
-
-
-def _skip_space(text: str, position: int) -> int:
-    found = SPACE.match(text, position)
-    assert found is not None  # the pattern matches the empty string
-    return found.end()
+        yield (None if held > limit else b"".join(pieces)), held + 1
+        last = lines.pop()
+        for line in lines:
+            yield (line if len(line) <= limit else None), len(line) + 1
+        pieces, held = [last], len(last)
+    if held:
+        yield (None if held > limit else b"".join(pieces)), held

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from baichuan_sft.data.findings import RecordFault
 from baichuan_sft.data.formats import Message
 from baichuan_sft.errors import UserError, pick
 
@@ -16,10 +17,15 @@ TRAIN_ON = {"all": slice(None), "last": slice(-1, None)}
 
 @dataclass(frozen=True)
 class Rendered:
-    """One conversation, unpadded and untruncated: ``len(labels) == len(input_ids)``."""
+    """One conversation or document, unpadded and untruncated: ``len(labels) == len(input_ids)``.
+
+    Attributes:
+        turns: where the marker of each user and assistant turn stands; none in a document.
+    """
 
     input_ids: list[int]
     labels: list[int]
+    turns: list[int] = field(default_factory=list)
 
 
 def render(messages: list[Message], tokenizer: Any, *, train_on: str = "all") -> Rendered:
@@ -27,53 +33,77 @@ def render(messages: list[Message], tokenizer: Any, *, train_on: str = "all") ->
     return render_batch([messages], tokenizer, train_on)[0]
 
 
-def render_batch(conversations: list[list[Message]], tokenizer: Any, train_on: str = "all") -> list[Rendered]:
+def render_batch(
+    conversations: list[list[Message]], tokenizer: Any, train_on: str = "all", num_threads: int = -1
+) -> list[Rendered]:
     """Token ids and labels of conversations; all texts are encoded in one call.
 
         ids     195  11  12 196  21  22 195  13 196  23   2
         labels    .   .   .   .  21  22   2   .   .  23   2        (. = IGNORE)
+        turns     0           3           6       8
 
     A system text stands before the first user id. End of turn is learnt where the next user marker
     stands, so label 2 sits over id 195. Label 0 is IGNORE: in a packed row it would be predicted by
-    the previous segment. No text can give a control id.
+    the previous segment. No text can give a control id. A document (one message of role "text") is
+    its tokens and eos, all of them targets.
 
     Args:
         tokenizer: has ``encode_texts``, ``user_token_id`` and ``assistant_token_id``.
+        num_threads: of SentencePiece; -1 takes all cores.
         train_on: "all" assistant turns or only the "last" one, and of these the turns with ``train``.
     Raises:
         UserError: unknown ``train_on``, no assistant turn, no trained one, two turns in a row from
             one role, a system turn that is not the first. The caller adds the place in the file.
     Source: baichuan-inc/Baichuan2 fine-tune.py ``SupervisedDataset.preprocessing``, but that it trains
-        unknown roles as assistant text and gives label EOS to the first user marker.
+        unknown roles as assistant text and gives label EOS to the first user marker; documents as
+        Baichuan-7B train.py.
     """
-    trained = [_trained_turns(messages, train_on) for messages in conversations]
-    encoded = iter(tokenizer.encode_texts([m.text for messages in conversations for m in messages]))
-    markers = {"system": [], "user": [tokenizer.user_token_id], "assistant": [tokenizer.assistant_token_id]}
+    trained = [trained_turns(messages, train_on) for messages in conversations]
+    encoded = iter(
+        tokenizer.encode_texts([m.text for messages in conversations for m in messages], num_threads)
+    )
+    markers = {"user": [tokenizer.user_token_id], "assistant": [tokenizer.assistant_token_id]}
     rendered = []
     for messages, targets in zip(conversations, trained, strict=True):
         texts = [next(encoded) for _ in messages]
-        rendered.append(_join([markers[m.role] for m in messages], texts, targets))
+        if messages[0].role == "text":
+            rendered.append(_document(texts[0]))
+            continue
+        rendered.append(_join([markers.get(m.role, []) for m in messages], texts, targets))
         if messages[-1].role == "assistant":
             rendered[-1].input_ids.append(EOS)
             rendered[-1].labels.append(EOS if len(messages) - 1 in targets else IGNORE)
     return rendered
 
 
+def _document(text: list[int]) -> Rendered:
+    return Rendered([*text, EOS], [IGNORE, *text[1:], EOS] if text else [IGNORE])
+
+
 def _join(markers: list[list[int]], texts: list[list[int]], trained: set[int]) -> Rendered:
     """Ids and labels of the turns, without the final eos; ``trained`` holds turn indices."""
     ids: list[int] = []
     labels: list[int] = []
+    turns: list[int] = []
     for i, (marker, text) in enumerate(zip(markers, texts, strict=True)):
+        if marker:
+            turns.append(len(ids))
         ids += marker + text
         labels += [EOS if i - 1 in trained else IGNORE] * len(marker)
         labels += text if i in trained else [IGNORE] * len(text)
-    return Rendered(ids, labels)
+    return Rendered(ids, labels, turns)
 
 
-def _trained_turns(messages: list[Message], train_on: str) -> set[int]:
-    """Indices of the turns whose text is a target, once the order of turns has been checked."""
+def trained_turns(messages: list[Message], train_on: str) -> set[int]:
+    """Indices of the turns whose text is a target, once the order of turns has been checked.
+
+    Raises:
+        UserError: as ``render_batch``.
+    """
     part = pick("train_on", train_on, TRAIN_ON)
     roles = [m.role for m in messages]
+    if roles == ["text"]:
+        return {0}
     for i, role in enumerate(roles[1:], 1):
         if role == "system":
             raise UserError(f"turn {i}: a system turn after the conversation started, only the first can be")
@@ -84,5 +114,6 @@ def _trained_turns(messages: list[Message], train_on: str) -> set[int]:
         raise UserError("no assistant turn - nothing to supervise")
     trained = {i for i in turns[part] if messages[i].train}
     if not trained:
-        raise UserError(f'no trained turn: "train" is false on every assistant turn of train_on={train_on!r}')
+        text = f'no trained turn: "train" is false on every assistant turn of train_on={train_on!r}'
+        raise RecordFault("DATA021", text, turn=turns[-1])
     return trained

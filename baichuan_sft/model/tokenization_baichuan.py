@@ -142,11 +142,11 @@ class BaichuanTokenizer(ChatTemplateMixin, PreTrainedTokenizer):  # type: ignore
         """
         return self.encode_texts([text])[0]
 
-    def encode_texts(self, texts: list[str]) -> list[list[int]]:
-        """``encode_text`` of each, in one call to SentencePiece, which uses all cores."""
+    def encode_texts(self, texts: list[str], num_threads: int = -1) -> list[list[int]]:
+        """``encode_text`` of each, in one call to SentencePiece, by default on all cores."""
         for text in texts:
             check_encodable(text)
-        return self._safe_sp_model.encode(texts)
+        return self._safe_sp_model.encode(texts, num_threads=num_threads)
 
     def tokenize(self, text: str, **kwargs: Any) -> list[str]:  # type: ignore[override]
         """Pieces of a text; ``split_special_tokens=True`` keeps every literal as text."""

@@ -50,6 +50,18 @@ class DataArguments:
     train_on: str = field(
         default="all", metadata={"help": "Assistant turns that are learnt.", "choices": ["all", "last"]}
     )
+    packing: bool = field(
+        default=True, metadata={"help": "Pack conversations into rows; they never see each other."}
+    )
+    packing_tokens: int | None = field(
+        default=None, metadata={"help": "Tokens of a packed row; default model_max_length."}
+    )
+    dev_ratio: float = field(
+        default=0.0, metadata={"help": "Share of the conversations that is held out for evaluation."}
+    )
+    eval_data_path: str | None = field(
+        default=None, metadata={"help": "Conversations for evaluation, in files of their own."}
+    )
     cache_dir: str | None = field(
         default=None, metadata={"help": "Where tokenised data is kept between runs."}
     )
@@ -107,6 +119,24 @@ class SftTrainingArguments(TrainingArguments):
     save_strategy: str = field(
         default="epoch", metadata={"help": "When to save.", "choices": ["no", "steps", "epoch"]}
     )  # type: ignore[assignment]
+    eval_strategy: str | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={
+            "help": "When to evaluate; default epoch where there is data for it.",
+            "choices": ["no", "steps", "epoch"],
+        },
+    )
+    per_device_eval_batch_size: int | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "Rows per device; default per_device_train_batch_size."}
+    )
+    train_sampling_strategy: str | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={
+            "help": "Order of the rows; default random with packing, else group_by_length. sequential: as "
+            "they lie in the files, or in the packing plan.",
+            "choices": ["random", "group_by_length", "sequential"],
+        },
+    )
     # The loss is checked, and the batch named, at every step; transformers would hide a NaN here.
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Leave NaN losses out of the mean."}
@@ -128,9 +158,12 @@ GONE = {
 }
 # What would be ignored, or fail in the middle of a run: why -> the flags that stay at their default.
 REFUSED = {
-    "training does not evaluate": "eval_strategy eval_steps eval_delay eval_on_start do_eval "
-    "eval_accumulation_steps eval_do_concat_batches per_device_eval_batch_size prediction_loss_only "
-    "load_best_model_at_end metric_for_best_model greater_is_better include_for_metrics batch_eval_metrics",
+    "evaluation computes the loss and nothing else": "do_eval eval_accumulation_steps "
+    "eval_do_concat_batches prediction_loss_only include_for_metrics batch_eval_metrics "
+    "eval_use_gather_object fp16_full_eval bf16_full_eval",
+    "the last weights are the result": "load_best_model_at_end metric_for_best_model greater_is_better",
+    "an epoch's last update takes what is left, on all ranks": "dataloader_drop_last accelerator_config",
+    "rows come in an order that all ranks know": "dataloader_in_order dataloader_multiprocessing_context",
     "use `baichuan-sft chat`": "do_predict",
     "the head computes the loss itself": "label_smoothing_factor use_liger_kernel",
     "the loss is the mean over all targets of an update": "average_tokens_across_devices",
@@ -138,12 +171,16 @@ REFUSED = {
     "weights are split by DeepSpeed's ZeRO": "fsdp fsdp_config",
     "upload output_dir when it is complete": "push_to_hub hub_model_id hub_token hub_strategy",
 }
+# What only says how to evaluate.
+EVAL_FLAGS = "eval_strategy eval_steps eval_delay eval_on_start per_device_eval_batch_size".split()
 # Where transformers' own words do not say what happens here.
 HELP = {
     "gradient_checkpointing": "Recompute activations in backward: less memory, about 30 %% more time.",
     "resume_from_checkpoint": "A checkpoint directory, or True: the newest one in output_dir.",
     "save_total_limit": "Keep so many checkpoints, the newest; default all.",
     "deepspeed": "DeepSpeed configuration, e.g. ds_config.json (ZeRO-3); looked for here, then in the root.",
+    "eval_steps": "Updates between evaluations with eval_strategy steps; default logging_steps.",
+    "eval_on_start": "Evaluate before the first update too.",
     "max_steps": "Updates in all, instead of num_train_epochs.",
     "use_cpu": "Train on the CPU where there is a GPU too.",
 }
@@ -151,7 +188,8 @@ HELP = {
 COMMON = """output_dir num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps
     learning_rate lr_scheduler_type warmup_steps weight_decay max_grad_norm adam_beta1 adam_beta2
     adam_epsilon bf16 fp16 tf32 gradient_checkpointing deepspeed seed logging_steps save_strategy save_steps
-    save_total_limit resume_from_checkpoint neftune_noise_alpha report_to use_cpu""".split()
+    save_total_limit eval_strategy eval_steps eval_on_start per_device_eval_batch_size
+    resume_from_checkpoint neftune_noise_alpha report_to use_cpu""".split()
 
 
 def _number(low: float, strict: bool = False, high: float = math.inf) -> tuple[Callable[[float], bool], str]:
@@ -178,6 +216,12 @@ LIMITS = {
     "dataloader_num_workers": _number(0),
     "seed": _number(0),
     "model_max_length": _number(2),
+    "packing_tokens": _number(2),
+    "dev_ratio": _number(0, high=1),
+    "eval_steps": _number(0, strict=True),
+    "eval_delay": _number(0),
+    "per_device_eval_batch_size": _number(1),
+    "data_seed": _number(0),
     "lora_rank": _number(1),
     "lora_alpha": _number(0, strict=True),
     "lora_dropout": _number(0, high=1),

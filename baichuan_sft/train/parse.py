@@ -13,6 +13,7 @@ from transformers import HfArgumentParser
 from baichuan_sft.errors import EnvironmentFault, UserError, suggest
 from baichuan_sft.train import args as tables
 from baichuan_sft.train.args import Settings
+from baichuan_sft.train.checks import check_data, check_values
 
 ROOT = Path(__file__).parents[
     2
@@ -84,7 +85,8 @@ def parse(argv: list[str]) -> Settings:
         given = {word.split("=")[0] for word in argv if word.startswith("--")}
         argv = [word for pair in zip(lines[::2], lines[1::2]) if pair[0] not in given for word in pair] + argv
     values = vars(parser.parse_args(argv))
-    _check_limits(values, parser)
+    check_values(values, parser)
+    check_data(values, parser)
     _resolve_paths(values)
     _fit_to_machine(values, notices)
     _fill_defaults(values, notices)
@@ -180,27 +182,6 @@ def _read_config(path: str, known: set[str]) -> list[str]:
     return words
 
 
-def _check_limits(values: dict[str, Any], parser: argparse.ArgumentParser) -> None:
-    for name, (holds, rule) in tables.LIMITS.items():
-        value = values.get(name)
-        if value is not None and not holds(value):
-            raise UserError(f"--{name} is {value:g}; it must be {rule}.")
-    if values["max_steps"] < -1 or values["max_steps"] == 0:
-        raise UserError(f"--max_steps is {values['max_steps']}; it must be >= 1, or -1 for num_train_epochs.")
-    for why, names in tables.REFUSED.items():
-        for name in names.split():
-            if name in values and values[name] != parser.get_default(name):
-                raise UserError(f"--{name} {values[name]} is not possible: {why}; leave the flag out.")
-    if values["output_dir"] is None:
-        raise UserError("--output_dir is missing: where shall the result go?")
-    if values["bf16"] and values["fp16"]:
-        raise UserError("--bf16 and --fp16 are both True; keep one.")
-    if values["freeze"] and values["use_lora"]:
-        raise UserError(
-            "--freeze and --use_lora are both given; LoRA freezes all weights of the model already."
-        )
-
-
 def find_file(flag: str, path: str) -> str:
     """``path`` as it stands in the working directory, or else in the checkout's root.
 
@@ -215,8 +196,10 @@ def find_file(flag: str, path: str) -> str:
 
 
 def _resolve_paths(values: dict[str, Any]) -> None:
-    paths = [path.strip() for path in values["data_path"].split(",")]
-    values["data_path"] = ",".join(find_file("data_path", path) for path in paths)
+    for flag in ("data_path", "eval_data_path"):
+        if values[flag] is not None:
+            paths = [path.strip() for path in values[flag].split(",")]
+            values[flag] = ",".join(find_file(flag, path) for path in paths)
     if values["deepspeed"]:
         values["deepspeed"] = find_file("deepspeed", values["deepspeed"])
     try:

@@ -80,7 +80,7 @@ class RunRecord(TrainerCallback):
 
 
 def plot_loss(history: list[dict[str, float]], path: str | Path) -> None:
-    """Loss and gradient norm over the updates, as a PNG."""
+    """Loss, gradient norm and loss on held-out data over the updates, as a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -90,6 +90,16 @@ def plot_loss(history: list[dict[str, float]], path: str | Path) -> None:
     steps = [row["step"] for row in rows]
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     axes.plot(steps, [row["loss"] for row in rows], color="tab:blue", label="loss")
+    held_out = [row for row in history if "eval_loss" in row]
+    if held_out:
+        axes.plot(
+            [row["step"] for row in held_out],
+            [row["eval_loss"] for row in held_out],
+            color="tab:green",
+            marker="o",
+            label="held out",
+        )
+        axes.legend()
     axes.set(xlabel="update", ylabel="loss (nats per target token)", title="training loss")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)

@@ -13,6 +13,7 @@ from baichuan_sft.errors import UserError
 from baichuan_sft.train.args import Settings, SftTrainingArguments
 from baichuan_sft.train.parse import parse
 from baichuan_sft.train.processes import processes
+from baichuan_sft.train.progress import say
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -32,7 +33,7 @@ def train(settings: Settings) -> None:
     from transformers import set_seed
 
     from baichuan_sft.checkpoint import check_vocabulary, load_config, load_tokenizer
-    from baichuan_sft.data.dataset import fill_last_update
+    from baichuan_sft.train.rows import lay_out
     from baichuan_sft.train.trainer import FactsCollator, SftTrainer
 
     quieten_bars()
@@ -43,11 +44,12 @@ def train(settings: Settings) -> None:
     base = settings.model.model_name_or_path
     config, tokenizer = load_config(base), load_tokenizer(base)
     check_vocabulary(base, config, tokenizer)
-    dataset, report = read_data(settings, args, tokenizer)
+    segments, held_out, report = read_data(settings, args, tokenizer)
     trainer = SftTrainer(
         model=build_model(settings, args),
         args=args,
-        train_dataset=fill_last_update(dataset, rows_per_update(args)),
+        train_dataset=lay_out(settings, args, segments),
+        eval_dataset=None if held_out is None else lay_out(settings, args, held_out, evaluate=True),
         data_collator=FactsCollator(tokenizer.pad_token_id),
         processing_class=tokenizer,
         record=run_record(settings, args, tokenizer, report),
@@ -81,12 +83,6 @@ def conclude(trainer: Any, settings: Settings) -> None:
     say(f"\nTalk to the result:\n  baichuan-sft chat {trainer.args.output_dir}")
 
 
-def say(message: str) -> None:
-    """One line of the run's log, from rank 0."""
-    if os.environ.get("RANK", "0") == "0":
-        print(message, flush=True)
-
-
 def quieten_bars() -> None:
     """transformers' bars for loading and writing, only where somebody can see them move."""
     from transformers.utils import logging
@@ -98,27 +94,29 @@ def quieten_bars() -> None:
 # --- arguments, model -------------------------------------------------------------------------------
 
 
-def read_data(settings: Settings, args: Any, tokenizer: Any) -> tuple[Any, Any]:
-    """The tokenised conversations and their report, which the log shows."""
+def read_data(settings: Settings, args: Any, tokenizer: Any) -> tuple[Any, Any, Any]:
+    """The tokenised conversations, those held out or None, and the report, which the log shows."""
     from baichuan_sft.data.dataset import build_dataset
+    from baichuan_sft.train.rows import as_segments, plan_seed, split
 
+    data = settings.data
+    options: dict[str, Any] = dict(
+        max_length=data.model_max_length,
+        train_on=data.train_on,
+        data_format=data.data_format,
+        cache_dir=data.cache_dir,
+    )
+    held_out = None
     # One rank of each host builds, the others find it in the cache; and it is the one whose errors are shown.
     with args.main_process_first(local=True, desc="reading the data"):
-        dataset, report = build_dataset(
-            settings.data.data_path,
-            tokenizer,
-            max_length=settings.data.model_max_length,
-            train_on=settings.data.train_on,
-            data_format=settings.data.data_format,
-            cache_dir=settings.data.cache_dir,
-        )
+        dataset, report = build_dataset(data.data_path, tokenizer, **options)
+        if data.eval_data_path:
+            held_out, held_out_report = build_dataset(data.eval_data_path, tokenizer, **options)
+            say(f"held-out data: {held_out_report}")
     say(f"data: {report}")
-    return dataset, report
-
-
-def rows_per_update(args: Any) -> int:
-    """Conversations of one optimizer step over all ranks and micro-batches."""
-    return args.world_size * args.per_device_train_batch_size * args.gradient_accumulation_steps
+    if data.dev_ratio:
+        dataset, held_out = split(dataset, data.dev_ratio, plan_seed(args))
+    return as_segments(dataset), held_out and as_segments(held_out), report
 
 
 def zero_stage(path: str | None) -> int:

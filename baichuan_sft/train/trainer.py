@@ -16,15 +16,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers.trainer_utils import EvalLoopOutput
 
 from baichuan_sft.checkpoint import is_adapter, load_model, verify
-from baichuan_sft.data.dataset import NO_ITEM
-from baichuan_sft.data.packing import Collator
+from baichuan_sft.data.packing import NO_ITEM, Collator, PackedDataset
 from baichuan_sft.data.template import IGNORE
 from baichuan_sft.errors import CheckpointFault, NumericalFault
+from baichuan_sft.train.order import RowOrder, SetEpoch
+from baichuan_sft.train.progress import LogLines, ProgressBar
 from baichuan_sft.train.record import RunRecord
+from baichuan_sft.train.rows import plan_seed
 
 CAUSES = "Likely causes: too high a learning rate, fp16 overflow (use bf16), or damaged weights."
 # Of the largest logit: what another device and kernel round differently, TF32's 10 bits included.
@@ -45,12 +49,13 @@ class BatchFacts:
 class FactsCollator(Collator):
     """``Collator`` that adds ``facts``; ``SftTrainer.compute_loss`` takes them out again."""
 
-    def __call__(self, segments):
-        batch: dict[str, Any] = super().__call__(segments)
+    def __call__(self, rows):
+        batch: dict[str, Any] = super().__call__(rows)
+        segments = [segment for row in rows for segment in row if segment["item"] != NO_ITEM]
         batch["facts"] = BatchFacts(
-            items=[segment["item"] for segment in segments if segment["item"] != NO_ITEM],
+            items=[int(segment["item"]) for segment in segments],
             num_computed=batch["input_ids"].numel(),
-            num_real=int(batch["attention_mask"].sum()),
+            num_real=sum(len(segment["input_ids"]) for segment in segments),
             num_targets=int((batch["labels"][:, 1:] != IGNORE).sum()),
         )
         return batch
@@ -60,6 +65,7 @@ class SftTrainer(Trainer):
     """Trainer that names a bad batch, verifies what it saved, and counts tokens.
 
     Args:
+        train_dataset, eval_dataset: rows; which of them a batch takes is decided by ``RowOrder``.
         record: written beside every save.
         check_reload: load the first save again, on the CPU, and compare its logits.
     """
@@ -72,12 +78,50 @@ class SftTrainer(Trainer):
         # computed, real, target tokens since the last log, this rank
         self.counts = torch.zeros(3, dtype=torch.float64)
         self.counted_since = time.monotonic()
+        self.order = self._order(kwargs["train_dataset"], self.args.per_device_train_batch_size)
+        self.add_callback(SetEpoch(self.order))
         for callback in (ProgressCallback, PrinterCallback):
             self.remove_callback(callback)
         bar = sys.stderr.isatty() and not self.args.disable_tqdm
         self.add_callback(ProgressBar() if bar else LogLines())
         self.add_callback(record)
         self.add_callback(Stage0Norm(self))
+
+    # --- rows -------------------------------------------------------------------------------------
+
+    def _order(self, dataset: PackedDataset, batch_size: int, **options: Any) -> RowOrder:
+        args = self.args
+        options = {
+            "accumulation": args.gradient_accumulation_steps,
+            "strategy": args.train_sampling_strategy,
+            "seed": plan_seed(args),
+            **options,
+        }
+        ranks = {"world_size": args.world_size, "rank": args.process_index}
+        return RowOrder(dataset.lengths, batch_size=batch_size, **ranks, **options)
+
+    def _loader(self, dataset: Any, order: RowOrder) -> DataLoader:
+        """Not prepared by accelerate, which would deal batches to ranks once more and repeat rows."""
+        args = self.args
+        return DataLoader(
+            dataset,
+            batch_sampler=order,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory and not args.use_cpu,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            # Of its own: the workers' seeds would be drawn from the numbers that dropout uses.
+            generator=torch.Generator().manual_seed(order.seed),
+        )
+
+    def get_train_dataloader(self):
+        return self._loader(self.train_dataset, self.order)
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        options = {"accumulation": 1, "strategy": "group_by_length"}  # the order changes nothing
+        return self._loader(dataset, self._order(dataset, self.args.per_device_eval_batch_size, **options))
 
     # --- one step ---------------------------------------------------------------------------------
 
@@ -124,6 +168,49 @@ class SftTrainer(Trainer):
             "targets_per_second": counts[2] / seconds,
             "padding_share": 1 - counts[1] / max(counts[0], 1),
         }
+
+    # --- evaluation -------------------------------------------------------------------------------
+
+    def evaluate(self, *args, **kwargs):
+        started = time.monotonic()
+        metrics = super().evaluate(*args, **kwargs)
+        self.counted_since += time.monotonic() - started  # else training would seem slower
+        return metrics
+
+    @torch.no_grad()
+    def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs):
+        """The cross-entropy of all targets of all ranks over their number: no mean of batch means.
+
+        All ranks take as many batches, which ZeRO-3's gathering of each layer needs. Perplexity is its
+        exponential. The z-loss, which training may add, is left out.
+        """
+        model, config = self.model_wrapped, self._base_model().config
+        was_training, z_loss_weight = model.training, config.z_loss_weight
+        sums = torch.zeros(2, dtype=torch.float64)  # loss, targets
+        model.eval()
+        config.z_loss_weight = 0.0
+        try:
+            for batch in dataloader:
+                facts = batch.pop("facts")
+                with self.compute_loss_context_manager():
+                    inputs = self._prepare_inputs(batch)
+                    loss = model(**inputs, num_items_in_batch=1, skip_logits=True).loss
+                sums += torch.tensor([loss.item(), facts.num_targets])
+        finally:
+            model.train(was_training)
+            config.z_loss_weight = z_loss_weight
+        total, num_targets = self.accelerator.reduce(sums.to(self.args.device), "sum").tolist()
+        if not math.isfinite(total):
+            raise NumericalFault(f"step {self.state.global_step}: the evaluation loss is {total}. {CAUSES}")
+        mean = total / max(num_targets, 1)
+        metrics: dict[str, float] = {
+            f"{metric_key_prefix}_loss": mean,
+            f"{metric_key_prefix}_perplexity": math.exp(min(mean, 700)),  # e^710 is more than a float
+            f"{metric_key_prefix}_targets": num_targets,
+        }
+        num_samples = len(dataloader.dataset.segments)
+        nothing: Any = None
+        return EvalLoopOutput(nothing, nothing, metrics, num_samples)
 
     # --- saving -----------------------------------------------------------------------------------
 
@@ -205,38 +292,3 @@ def outside_zero3() -> Iterator[None]:
         yield
     finally:
         integration._hf_deepspeed_config_weak_ref = active
-
-
-def describe(logs: dict[str, float]) -> dict[str, str]:
-    """A log event in the few words that fit beside a progress bar."""
-    return {
-        "loss": f"{logs['loss']:.4f}",
-        "grad": f"{logs.get('grad_norm', 0.0):.3f}",
-        "lr": f"{logs['learning_rate']:.2e}",
-        "tok/s": f"{logs['tokens_per_second']:,.0f}",
-        "targets/s": f"{logs['targets_per_second']:,.0f}",
-        "padding": f"{logs['padding_share']:.0%}",
-    }
-
-
-class ProgressBar(ProgressCallback):
-    """One line on a terminal: steps, time left, loss, speed."""
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if state.is_world_process_zero and self.training_bar is not None and "loss" in (logs or {}):
-            self.training_bar.set_postfix(describe(logs))
-
-
-class LogLines(PrinterCallback):
-    """One line per log event where there is no terminal, with the time left."""
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.started, self.first = time.monotonic(), state.global_step
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if not state.is_world_process_zero or "loss" not in (logs or {}):
-            return
-        per_step = (time.monotonic() - self.started) / max(state.global_step - self.first, 1)
-        left = per_step * (state.max_steps - state.global_step)
-        words = " ".join(f"{name} {value}" for name, value in describe(logs).items())
-        print(f"step {state.global_step}/{state.max_steps} {words} left {left:.0f} s", flush=True)

@@ -10,10 +10,14 @@ from rich.console import Console
 from rich.text import Text
 
 from baichuan_sft.arguments import Parser, at_least_1
-from baichuan_sft.data.formats import escaped, parse
-from baichuan_sft.data.reader import Record, read_records
+from baichuan_sft.data import files
+from baichuan_sft.data.check import Rules
+from baichuan_sft.data.findings import DataFault, Finding, RecordFault
+from baichuan_sft.data.formats import FORMATS, escaped, parse
+from baichuan_sft.data.length import TRUNCATION, fit
+from baichuan_sft.data.reader import RawRecord, decode, locate, read_raw
+from baichuan_sft.data.survey import DOCUMENT, layout_of
 from baichuan_sft.data.template import IGNORE, TRAIN_ON, Rendered, render
-from baichuan_sft.errors import UserError
 
 TRAINED, SEEN, MARKER = "bold green", "dim", "dim reverse"
 OPEN, CLOSE = "⟦", "⟧"
@@ -37,20 +41,27 @@ def preview(argv: list[str] | None = None) -> int:
     from baichuan_sft.checkpoint import load_tokenizer
 
     args = _parser().parse_args(argv)
-    records = list(islice(read_records(args.file), args.num))
+    files.require_file(args.file)
+    rules, layout = layout_of(args.file, Rules(data_format=args.data_format))
+    records = list(islice(read_raw(args.file, _stop, layout=layout), args.num))
     tokenizer = load_tokenizer(args.tokenizer)
     console = Console(highlight=False, soft_wrap=True)
     coloured = console.color_system is not None
     console.print(_legend(coloured))
     trained = tokens = 0
     for record in records:
-        segment = _render(record, tokenizer, args.train_on)
-        cut = Rendered(segment.input_ids[: args.max_length], segment.labels[: args.max_length])
-        console.print("\n", Text(_headline(record, segment, cut), style="bold"), sep="")
-        console.print(_joined(_pieces(cut, tokenizer), coloured))
-        trained, tokens = trained + _num_targets(cut), tokens + len(cut.input_ids)
+        segment = _render(record, args, rules, tokenizer)
+        cut = (fit(segment, args.max_length, args.truncation) or [Rendered([], [])])[0]
+        console.print("\n", Text(_headline(args.file, record, segment, cut), style="bold"), sep="")
+        console.print(joined(pieces(cut, tokenizer), coloured))
+        trained, tokens = trained + num_targets(cut), tokens + len(cut.input_ids)
     console.print(f"\n{len(records)} conversations: {trained} of {tokens} tokens trained")
     return 0
+
+
+def _stop(finding: Finding, raw: bytes | None) -> None:
+    if finding.severity == "ERROR":
+        raise DataFault(str(finding), [finding])
 
 
 def _parser() -> Parser:
@@ -59,7 +70,7 @@ def _parser() -> Parser:
         description="Show which tokens of a data file are trained.",
         example=EXAMPLE,
     )
-    parser.add_argument("file", metavar="FILE", help="JSON array or JSON Lines")
+    parser.add_argument("file", metavar="FILE", help="a data file in any of the formats")
     parser.add_argument(
         "--tokenizer",
         "--model_name_or_path",
@@ -71,39 +82,43 @@ def _parser() -> Parser:
     parser.add_argument(
         "--max_length", type=at_least_1, default=512, metavar="T", help="cut, in tokens (512)"
     )
+    parser.add_argument("--truncation", choices=list(TRUNCATION), default="cut_turns", help="(cut_turns)")
+    parser.add_argument("--data_format", choices=[*FORMATS, DOCUMENT], help="default: told from the keys")
     parser.add_argument("--train_on", choices=list(TRAIN_ON), default="all", help="turns learnt (all)")
     return parser
 
 
-def _render(record: Record, tokenizer: Any, train_on: str) -> Rendered:
+def _render(record: RawRecord, args: Any, rules: Rules, tokenizer: Any) -> Rendered:
     try:
-        messages, _ = parse(record.raw)
-        return render(messages, tokenizer, train_on=train_on)
-    except UserError as error:
-        raise record.locate(error) from None
+        messages, _ = parse(decode(record.data), rules.data_format)
+        return render(messages, tokenizer, train_on=args.train_on)
+    except RecordFault as fault:
+        finding = locate(record, fault, args.file)
+        raise DataFault(str(finding), [finding]) from None
 
 
-def _headline(record: Record, segment: Rendered, cut: Rendered) -> str:
-    counts = f"{_num_targets(cut)} of {len(cut.input_ids)} tokens trained"
+def _headline(path: str, record: RawRecord, segment: Rendered, cut: Rendered) -> str:
+    counts = f"{num_targets(cut)} of {len(cut.input_ids)} tokens trained"
     lost = len(segment.input_ids) - len(cut.input_ids)
-    if lost and not _num_targets(cut):
-        counts += f", {lost} cut off: no target is left, training drops it"
+    if not cut.input_ids:
+        counts = f"{lost} tokens, none trained: no target is left, training drops it"
     elif lost:
         counts += f", {lost} cut off"
-    return f"{record.path}:{record.line} item {record.item}  {counts}"
+    place = f"{path}:{record.line}" if record.line else path
+    return f"{place} item {record.item}  {counts}"
 
 
-def _num_targets(segment: Rendered) -> int:
+def num_targets(segment: Rendered) -> int:
     # Label 0 is never predicted: nothing stands before it.
     return sum(label != IGNORE for label in segment.labels[1:])
 
 
 def _legend(coloured: bool) -> Text:
     pieces = [("trained", TRAINED), (" seen only ", SEEN), ("<marker>", MARKER)]
-    return Text("legend: ").append_text(_joined(pieces, coloured))
+    return Text("legend: ").append_text(joined(pieces, coloured))
 
 
-def _pieces(segment: Rendered, tokenizer: Any) -> Iterator[Piece]:
+def pieces(segment: Rendered, tokenizer: Any) -> Iterator[Piece]:
     """What is printed for a segment; a learnt end of turn stands before the marker its label lies on."""
     names = {
         tokenizer.user_token_id: "<user>",
@@ -124,7 +139,7 @@ def _pieces(segment: Rendered, tokenizer: Any) -> Iterator[Piece]:
             yield name, TRAINED if label == token else MARKER
 
 
-def _joined(pieces: Iterable[Piece], coloured: bool) -> Text:
+def joined(pieces: Iterable[Piece], coloured: bool) -> Text:
     """The pieces as one styled text; without colours, brackets around each trained span."""
     text = Text()
     for is_trained, group in groupby(pieces, key=lambda piece: piece[1] == TRAINED):

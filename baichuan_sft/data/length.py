@@ -1,0 +1,98 @@
+"""What becomes of a conversation that is longer than max_length: a table of policies.
+
+Whatever the policy, a turn that is kept whole keeps the label of its end, and what is lost is counted by
+the caller.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from baichuan_sft.data.findings import RecordFault
+from baichuan_sft.data.template import EOS, IGNORE, Rendered
+from baichuan_sft.errors import pick
+
+
+def fit(segment: Rendered, max_length: int, policy: str) -> list[Rendered]:
+    """The segment in pieces of at most ``max_length`` tokens: none where no target would be left.
+
+    A document (no turns) is split and loses nothing, unless it is dropped or an error.
+
+    Raises:
+        UserError: unknown policy. RecordFault: the policy is "error" and the segment is too long.
+    """
+    cut = pick("truncation", policy, TRUNCATION)
+    if len(segment.input_ids) <= max_length:
+        return [segment]
+    is_document = not segment.turns and policy.startswith("cut")
+    pieces = _split(segment, max_length) if is_document else cut(segment, max_length)
+    return [piece for piece in pieces if has_target(piece)]
+
+
+def has_target(segment: Rendered) -> bool:
+    """Whether anything can be learnt; label 0 never is, nothing stands before it."""
+    return any(label != IGNORE for label in segment.labels[1:])
+
+
+def cut_turns(segment: Rendered, max_length: int) -> list[Rendered]:
+    """Drop turns from the end. Where not even the first answer fits, it is cut, and teaches no end.
+
+        ids     195  11 196  21 195  12 196  22  23   2        at 7:  195  11 196  21   2
+        labels    .   .   .  21   2   .   .  22  23   2                 .   .   .  21   2
+
+    The label of a turn's end stands over the next user marker; there the kept part ends, with eos.
+    """
+    for start in reversed(segment.turns[2::2]):  # markers of user turns after the first
+        if start < max_length:
+            kept = Rendered([*segment.input_ids[:start], EOS], segment.labels[: start + 1], segment.turns)
+            if has_target(kept):
+                return [kept]
+    return [Rendered(segment.input_ids[:max_length], segment.labels[:max_length], segment.turns)]
+
+
+def cut_left(segment: Rendered, max_length: int) -> list[Rendered]:
+    """Drop turns from the beginning, never the system text; of a last pair that is too long the question's
+    beginning. An answer that does not fit by itself leaves nothing.
+    """
+    ids, labels = segment.input_ids, segment.labels
+    system = segment.turns[0]
+    for start in segment.turns[2::2]:
+        if system + len(ids) - start <= max_length:
+            # What its marker's label would end is gone.
+            return [Rendered(ids[:system] + ids[start:], [IGNORE] * (system + 1) + labels[start + 1 :])]
+    user, assistant = segment.turns[-2:] if len(segment.turns) > 1 else (system, len(ids))
+    start = len(ids) - (max_length - system - 1)
+    if start > assistant:
+        return []
+    return [Rendered([*ids[:system], ids[user], *ids[start:]], [IGNORE] * (system + 1) + labels[start:])]
+
+
+def drop(segment: Rendered, max_length: int) -> list[Rendered]:
+    """Leave the whole conversation out."""
+    return []
+
+
+def refuse(segment: Rendered, max_length: int) -> list[Rendered]:
+    """
+    Raises:
+        RecordFault: always, with the lengths.
+    """
+    total = len(segment.input_ids)
+    prompt = next((i for i, label in enumerate(segment.labels) if i and label != IGNORE), total)
+    text = f"{total} tokens, the prompt alone {prompt}, longer than model_max_length {max_length}"
+    raise RecordFault("DATA024", f"{text}; raise it, or pass --truncation cut_turns, cut_left or drop")
+
+
+def _split(segment: Rendered, max_length: int) -> list[Rendered]:
+    starts = range(0, len(segment.input_ids), max_length)
+    pieces = [(segment.input_ids[i : i + max_length], segment.labels[i : i + max_length]) for i in starts]
+    return [Rendered(ids, [IGNORE, *labels[1:]]) for ids, labels in pieces]
+
+
+# name -> what is left of a segment that is too long
+TRUNCATION: dict[str, Callable[[Rendered, int], list[Rendered]]] = {
+    "cut_turns": cut_turns,
+    "cut_left": cut_left,
+    "drop": drop,
+    "error": refuse,
+}

@@ -1,0 +1,195 @@
+"""Rows packed while files are read, for sources larger than the disk; each rank has its share, and resumes.
+
+# a window is the segments that are packed together
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+import numpy as np
+from torch.utils.data import IterableDataset
+
+from baichuan_sft.data import check, files, reader
+from baichuan_sft.data.check import Rules
+from baichuan_sft.data.findings import DataFault, Finding
+from baichuan_sft.data.packing import plan
+from baichuan_sft.data.prepare import rules_for
+from baichuan_sft.data.reader import RawRecord
+from baichuan_sft.data.sources import Source
+from baichuan_sft.data.survey import layout_of
+from baichuan_sft.errors import UserError
+
+DRAWS = 4096  # choices of a source that are drawn at once
+FULL = 0.97  # a row with less waits for the next window, once
+
+Segment = dict[str, Any]
+
+
+class StreamingRows(IterableDataset):
+    """Endless rows for one rank: lists of segments of at most ``capacity`` tokens together.
+
+    The records of all sources stand in one order, drawn by ``seed`` and the same for any number of ranks;
+    record t of it belongs to rank t modulo ``world_size``. A source that ends begins again.
+
+    Args:
+        sources: with weights, these are the chances to be drawn from; without, all are equally likely.
+        capacity: tokens of a row; None makes every segment a row.
+        window: segments that are packed together.
+        on_error: "stop" raises at a faulty record, "skip" counts it.
+        state: what ``state_dict`` gave on this rank; the rows go on where it was taken.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        tokenizer: Any,
+        rules: Rules,
+        *,
+        capacity: int | None,
+        window: int = 1024,
+        seed: int = 42,
+        rank: int = 0,
+        world_size: int = 1,
+        on_error: str = "stop",
+        state: dict[str, Any] | None = None,
+    ) -> None:
+        for source in sources:
+            files.require_file(source.path)
+        self.sources, self.tokenizer, self.rules = list(sources), tokenizer, rules
+        self.capacity, self.window, self.seed = capacity, window, seed
+        self.rank, self.world_size, self.on_error = rank, world_size, on_error
+        weights = np.array([1.0 if source.weight is None else source.weight for source in sources])
+        self.chances = weights / weights.sum()
+        self.counts: Counter[str] = Counter()
+        paths = [source.path for source in sources]
+        self.settings: dict[str, Any] = {"seed": seed, "world_size": world_size, "window": window}
+        self.settings |= {"capacity": capacity, "sources": paths}
+        self.start: dict[str, Any] = {"draws": 0, "windows": 0, "items": [0] * len(sources), "leftover": []}
+        self.emitted = 0
+        if state is not None:
+            self._restore(state)
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        for name, value in self.settings.items():
+            if state["settings"][name] != value:
+                was = state["settings"][name]
+                raise UserError(
+                    f"the stream was saved with {name} {was!r}, now {value!r}; resume with the same"
+                )
+        self.start, self.emitted = state["start"], state["emitted"]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where this rank stands, for JSON: the window it is in, and how many of its rows are out."""
+        return {"settings": self.settings, "start": self.start, "emitted": self.emitted}
+
+    def __iter__(self) -> Iterator[list[Segment]]:
+        streams = [self._endless(number, item) for number, item in enumerate(self.start["items"])]
+        now = {**self.start, "items": list(self.start["items"])}
+        while True:
+            segments = [_thaw(one) for one in now["leftover"]]
+            carried = len(segments)
+            while len(segments) < self.window:
+                segments += self._examine(self._draw(streams, now))
+            rows, left = self._pack(segments, carried, now["windows"])
+            for row in islice(rows, self.emitted, None):
+                self.emitted += 1
+                yield row
+            now["windows"] += 1
+            now["leftover"] = [_freeze(one) for one in left]
+            self.start, self.emitted = {**now, "items": list(now["items"])}, 0
+
+    # --- reading ----------------------------------------------------------------------------------
+
+    def _draw(self, streams: list[Iterator[RawRecord]], now: dict[str, Any]) -> list[tuple[int, RawRecord]]:
+        """This rank's records among the next draws, each with its source."""
+        block, offset = divmod(now["draws"], DRAWS)
+        choices = np.random.default_rng([self.seed, block]).choice(len(self.sources), DRAWS, p=self.chances)
+        mine = []
+        for number in choices[offset : offset + 64 * self.world_size].tolist():
+            record = next(streams[number])
+            if now["draws"] % self.world_size == self.rank:
+                mine.append((number, record))
+            now["draws"] += 1
+            now["items"][number] += 1
+        return mine
+
+    def _endless(self, number: int, consumed: int) -> Iterator[RawRecord]:
+        """The records of a source, again and again, but for the first ``consumed``."""
+        source = self.sources[number]
+        rules, layout = layout_of(source.path, rules_for(source, self.rules))
+        while True:
+            size = 0
+            for record in reader.read_raw(source.path, self._note, layout=layout, options=rules.reading):
+                size += 1
+                if consumed:
+                    consumed -= 1
+                    continue
+                yield record
+            if not size:
+                raise UserError(f"{source.path}: no records")
+
+    def _note(self, finding: Finding, raw: bytes | None) -> None:
+        if finding.severity == "ERROR" and self.on_error == "stop":
+            raise DataFault(str(finding), [finding])
+        self.counts[f"code:{finding.code}"] += 1
+
+    def _examine(self, drawn: list[tuple[int, RawRecord]]) -> list[Segment]:
+        """The segments of these records, in their order."""
+        segments = []
+        for number, record in drawn:
+            source = self.sources[number]
+            found = check.examine([record], source.path, rules_for(source, self.rules), self.tokenizer, 1)
+            if self.on_error == "stop" and found.counts["rejected"]:
+                errors = [finding for finding, _ in found.findings if finding.severity == "ERROR"]
+                raise DataFault(str(errors[0]), errors)
+            self.counts.update(found.counts)
+            segments += _split(found.segments, number) if found.segments else []
+        return segments
+
+    # --- packing ----------------------------------------------------------------------------------
+
+    def _pack(
+        self, segments: list[Segment], carried: int, number: int
+    ) -> tuple[list[list[Segment]], list[Segment]]:
+        """Rows of one window, and the segments that wait for the next: rows with room, but none twice."""
+        lengths = np.array([len(segment["input_ids"]) for segment in segments])
+        if self.capacity is None:
+            order = np.random.default_rng([self.seed, number]).permutation(len(segments))
+            return [[segments[i]] for i in order], []
+        rows = [row.tolist() for row in plan(lengths, self.capacity, seed=self.seed + number)]
+        waits = [row for row in rows if lengths[row].sum() < FULL * self.capacity and min(row) >= carried]
+        kept = [row for row in rows if row not in waits]
+        return [[segments[i] for i in row] for row in kept], [
+            segments[i] for row in waits for i in sorted(row)
+        ]
+
+
+def _split(laid_out: check.Segments, source: int) -> list[Segment]:
+    ends = np.cumsum(laid_out.lengths)
+    return [
+        {
+            "input_ids": laid_out.input_ids[end - size : end],
+            "labels": laid_out.labels[end - size : end],
+            "item": int(item),
+            "source": source,
+        }
+        for end, size, item in zip(ends, laid_out.lengths, laid_out.items)
+    ]
+
+
+def _freeze(segment: Segment) -> Segment:
+    """For JSON."""
+    return {
+        name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in segment.items()
+    }
+
+
+def _thaw(segment: Segment) -> Segment:
+    return {
+        name: np.array(value, np.int32) if isinstance(value, list) else value
+        for name, value in segment.items()
+    }

@@ -1,0 +1,134 @@
+"""Segments on disk: written as Arrow shards, read as views of a memory map.
+
+# a segment is one conversation as ids and labels, at most max_length tokens
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from baichuan_sft.data.check import Segments
+from baichuan_sft.data.template import IGNORE
+
+SHARD_TOKENS = 64 << 20  # 512 MiB of ids and labels
+NO_ITEM = -1  # the item of a segment that stands for no record
+
+
+class ShardWriter:
+    """Writes segments as Arrow streams ``data-00000.arrow``, ... of about ``SHARD_TOKENS`` tokens each."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory, self.num_shards, self.room = directory, 0, 0
+        self.stream: Any = None
+
+    def write(self, segments: Segments) -> None:
+        """Append the segments as one record batch."""
+        import pyarrow as pa
+
+        offsets = np.concatenate([[0], np.cumsum(segments.lengths)]).astype(np.int32)
+        columns = {
+            "input_ids": pa.ListArray.from_arrays(offsets, segments.input_ids),
+            "labels": pa.ListArray.from_arrays(offsets, segments.labels),
+            "targets": pa.array(segments.targets),
+            "item": pa.array(segments.items),
+            "hash": pa.array(segments.hashes),
+        }
+        batch = pa.RecordBatch.from_pydict(columns)
+        if self.stream is None or self.room < 0:
+            self.close()
+            path = self.directory / f"data-{self.num_shards:05d}.arrow"
+            self.stream, self.room = pa.ipc.new_stream(str(path), batch.schema), SHARD_TOKENS
+            self.num_shards += 1
+        self.stream.write_batch(batch)
+        self.room -= len(segments.input_ids)
+
+    def close(self) -> None:
+        if self.stream is not None:
+            self.stream.close()
+
+
+class TokenDataset:
+    """Segments of one or more directories of shards, as a sequence for a ``DataLoader``.
+
+    Only what is indexed is read from disk, and nothing is copied but the rows asked for.
+
+    Attributes:
+        lengths: int32 ``(N,)`` tokens of each segment.
+        targets: int32 ``(N,)`` labels that are learnt.
+        items: int64 ``(N,)`` record in its file.
+        sources: int32 ``(N,)`` which of the directories it comes from.
+        hashes: uint64 ``(N,)`` content of the record; equal records have equal ones.
+    """
+
+    def __init__(self, directories: Iterable[Path]) -> None:
+        import pyarrow as pa
+
+        self.batches: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []  # offsets, ids, labels
+        parts: dict[str, list[np.ndarray]] = {
+            "lengths": [],
+            "targets": [],
+            "item": [],
+            "hash": [],
+            "source": [],
+        }
+        starts = [0]
+        for source, directory in enumerate(directories):
+            for shard in sorted(directory.glob("data-*.arrow")):
+                for batch in pa.ipc.open_stream(pa.memory_map(str(shard))).read_all().to_batches():
+                    ids, labels = batch["input_ids"], batch["labels"]
+                    offsets = ids.offsets.to_numpy()
+                    self.batches.append((offsets, ids.values.to_numpy(), labels.values.to_numpy()))
+                    parts["lengths"].append(np.diff(offsets))
+                    for name in ("targets", "item", "hash"):
+                        parts[name].append(batch[name].to_numpy())
+                    parts["source"].append(np.full(len(batch), source, np.int32))
+                    starts.append(starts[-1] + len(batch))
+        self.starts = np.array(starts)
+        self.index = np.arange(starts[-1])
+        joined = {name: np.concatenate(arrays or [np.empty(0, np.int64)]) for name, arrays in parts.items()}
+        self.lengths, self.targets, self.sources = joined["lengths"], joined["targets"], joined["source"]
+        self.items, self.hashes = joined["item"], joined["hash"]
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        """``input_ids`` and ``labels`` (int32), ``item`` and ``source`` of segment ``i``."""
+        number = self.index[i]
+        batch = int(np.searchsorted(self.starts, number, side="right")) - 1
+        offsets, ids, labels = self.batches[batch]
+        row = number - self.starts[batch]
+        start, end = offsets[row], offsets[row + 1]
+        return {
+            "input_ids": ids[start:end],
+            "labels": labels[start:end],
+            "item": int(self.items[i]),
+            "source": int(self.sources[i]),
+        }
+
+    def select(self, rows: np.ndarray) -> TokenDataset:
+        """The segments ``rows`` in that order, repeats included, on the same memory map."""
+        chosen = object.__new__(TokenDataset)
+        chosen.batches, chosen.starts, chosen.index = self.batches, self.starts, self.index[rows]
+        for name in ("lengths", "targets", "items", "sources", "hashes"):
+            setattr(chosen, name, getattr(self, name)[rows])
+        return chosen
+
+    def records(self) -> np.ndarray:
+        """First segment of each record, int64; the pieces of a document follow each other."""
+        changes = (np.diff(self.items) != 0) | (np.diff(self.sources) != 0)
+        return np.flatnonzero(np.concatenate([[True], changes])[: len(self)])
+
+
+def empty_segment() -> dict[str, Any]:
+    """One token without a target, for a row that stands for no record."""
+    return {
+        "input_ids": np.zeros(1, np.int32),
+        "labels": np.full(1, IGNORE, np.int32),
+        "item": NO_ITEM,
+        "source": NO_ITEM,
+    }

@@ -1,0 +1,316 @@
+"""``baichuan-sft data check`` and ``data prepare``: what files hold, and segments made before training."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from baichuan_sft.arguments import Parser, at_least_1, number
+from baichuan_sft.data import cache, files
+from baichuan_sft.data.check import Rules, examine
+from baichuan_sft.data.duplicates import Duplicates
+from baichuan_sft.data.files import ReadOptions
+from baichuan_sft.data.findings import DataFault, Finding
+from baichuan_sft.data.formats import FORMATS, Message
+from baichuan_sft.data.length import TRUNCATION
+from baichuan_sft.data.prepare import report_directory, rules_for, workers_for
+from baichuan_sft.data.reader import read_raw
+from baichuan_sft.data.sources import Source, parse_sources
+from baichuan_sft.data.survey import DOCUMENT, MAX_LISTED, FindingLog, Survey, layout_of, survey_file
+from baichuan_sft.data.template import TRAIN_ON
+from baichuan_sft.errors import UserError
+
+EXAMPLE = """baichuan-sft data check data/belle_chat.json 'more/*.jsonl.gz' --output_dir check
+  baichuan-sft data check train.jsonl --on-error skip --fix clean.jsonl --dedup
+  baichuan-sft data prepare train.jsonl --tokenizer ~/models/Baichuan2-7B-Base --model_max_length 4096"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """``data check`` or ``data prepare``.
+
+    Returns:
+        0, or 2 where ``check`` found a fault and was not told to skip it.
+    Raises:
+        UserError: wrong options or paths.
+    """
+    args = _parser().parse_args(argv)
+    return args.run(args)
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="baichuan-sft data", description="Check data files, or tokenise them.", example=EXAMPLE
+    )
+    commands = parser.add_subparsers(required=True, metavar="check|prepare", parser_class=_Command)
+    checking = commands.add_parser("check", help="list every fault, and say what the files hold")
+    checking.set_defaults(run=check)
+    checking.add_argument(
+        "--output_dir", default="data_check", help="report.html, data_report.jsonl, rejected.jsonl"
+    )
+    checking.add_argument("--fix", metavar="OUT", help="write the good records, normalised, as JSON Lines")
+    checking.add_argument(
+        "--tokenizer", metavar="DIR", help="model directory or tokenizer.model: lengths in tokens"
+    )
+    preparing = commands.add_parser(
+        "prepare", help="tokenise into the cache; train with the same flags uses it"
+    )
+    preparing.set_defaults(run=prepare)
+    preparing.add_argument("--tokenizer", "--model_name_or_path", required=True, metavar="DIR")
+    for command in (checking, preparing):
+        _add_common(command)
+    return parser
+
+
+class _Command(Parser):
+    def __init__(self, **options: Any) -> None:
+        super().__init__(example=EXAMPLE, **options)
+
+
+def _add_common(parser: Parser) -> None:
+    parser.add_argument("paths", nargs="+", metavar="PATH", help="files, patterns, or a YAML list of sources")
+    parser.add_argument(
+        "--on_error", choices=["stop", "skip"], default="stop", help="skip: leave faults out (stop)"
+    )
+    parser.add_argument("--dedup", action="store_true", help="leave out exact duplicates")
+    parser.add_argument(
+        "--data_format", choices=[*FORMATS, DOCUMENT], help="default: told from each record's keys"
+    )
+    parser.add_argument("--model_max_length", type=at_least_1, default=512, metavar="T", help="tokens (512)")
+    parser.add_argument(
+        "--truncation", choices=list(TRUNCATION), default="cut_turns", help="too long (cut_turns)"
+    )
+    parser.add_argument("--train_on", choices=list(TRAIN_ON), default="all", help="answers learnt (all)")
+    parser.add_argument("--merge_consecutive", action="store_true", help="join turns of one role in a row")
+    parser.add_argument("--encoding", default="utf-8", help="of the files (utf-8)")
+    parser.add_argument(
+        "--max_line_mib", type=at_least_1, default=64, metavar="N", help="longest record (64)"
+    )
+    parser.add_argument(
+        "--max_unpacked_gib", type=at_least_1, default=64, metavar="N", help="of a .gz or .zst (64)"
+    )
+    parser.add_argument("--allow_outside", action="store_true", help="a YAML list may name files elsewhere")
+    parser.add_argument("--cache_dir", help="prepared data ($BAICHUAN_SFT_CACHE, else ~/.cache/baichuan_sft)")
+    parser.add_argument("--num_workers", type=at_least_1, metavar="N", help="processes (by size and cores)")
+    at_least_0 = number(int, "a whole number of at least 0", lambda n: n >= 0)
+    parser.add_argument("--seed", type=at_least_0, default=42, help="of what is drawn (42)")
+
+
+def rules_of(args: Any) -> Rules:
+    """The flags that decide what becomes of a record."""
+    reading = ReadOptions(
+        encoding=args.encoding, max_line=args.max_line_mib << 20, max_unpacked=args.max_unpacked_gib << 30
+    )
+    return Rules(
+        max_length=args.model_max_length,
+        train_on=args.train_on,
+        truncation=args.truncation,
+        data_format=args.data_format,
+        merge_consecutive=args.merge_consecutive,
+        reading=reading,
+    )
+
+
+# --- prepare --------------------------------------------------------------------------------------
+
+
+def prepare(args: Any) -> int:
+    """Tokenise into the cache, and say what became of every record."""
+    from baichuan_sft.checkpoint import load_tokenizer
+
+    data = _build(args, load_tokenizer(args.tokenizer))
+    print(data.report)
+    root = cache.cache_root(args.cache_dir)
+    print(
+        f"prepared: {len(data.train):,} segments in {root}; train with the same data flags starts from there"
+    )
+    return 0
+
+
+def _build(args: Any, tokenizer: Any, report_dir: Path | None = None) -> Any:
+    from baichuan_sft.data.dataset import build_dataset
+
+    return build_dataset(
+        args.paths,
+        tokenizer,
+        rules_of(args),
+        on_error=args.on_error,
+        dedup=args.dedup,
+        seed=args.seed,
+        cache_dir=args.cache_dir,
+        report_dir=report_dir,
+        num_workers=args.num_workers,
+        allow_outside=args.allow_outside,
+    )
+
+
+# --- check ----------------------------------------------------------------------------------------
+
+
+@dataclass
+class Check:
+    """What a check has found so far.
+
+    Attributes:
+        states: the files that could be read, one per source or None.
+        surveys: one per source.
+        first: up to three conversations, each with its place.
+        copies: numbers of the good records that are copies, over all sources.
+        data: the prepared segments, where there is a tokenizer and nothing to repair.
+    """
+
+    rules: Rules
+    sources: list[Source]
+    directory: Path
+    states: list[cache.Identity | None] = field(default_factory=list)
+    surveys: list[Survey] = field(default_factory=list)
+    first: list[tuple[str, list[Message]]] = field(default_factory=list)
+    duplicates: Duplicates = field(default_factory=Duplicates)
+    copies: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    tokenizer: Any = None
+    data: Any = None
+
+    @property
+    def total(self) -> Survey:
+        """All files together."""
+        total = Survey()
+        for survey in self.surveys:
+            total.merge(survey)
+        return total
+
+
+def check(args: Any) -> int:
+    """List every finding, say what the files hold, and write the reports."""
+    from baichuan_sft.datatools.page import write_page
+    from baichuan_sft.datatools.summary import show
+
+    sources = parse_sources(args.paths, allow_outside=args.allow_outside)
+    directory = report_directory(args.output_dir)
+    assert directory is not None
+    found = Check(rules_of(args), sources, directory)
+    root = cache.cache_root(args.cache_dir)
+    for which in range(len(sources)):
+        _survey(found, which, root, args.num_workers)
+    found.copies, firsts = found.duplicates.copies()
+    total = found.total
+    usable = total.counts["read"] > total.counts["rejected"] and (
+        args.on_error == "skip" or not total.counts["errors"]
+    )
+    if usable and args.fix:
+        write_fixed(found, Path(args.fix), args.dedup)
+    if usable and args.tokenizer and None not in found.states:
+        from baichuan_sft.checkpoint import load_tokenizer
+
+        found.tokenizer = load_tokenizer(args.tokenizer)
+        found.data = _build(args, found.tokenizer, directory)  # finds what is too long, too
+    _report_copies(found, firsts)
+    dropped = len(found.copies) if args.dedup else 0
+    show(found, dropped=dropped)
+    write_page(found, directory / "report.html", dropped=dropped)
+    for state in found.states:
+        if usable and state is not None:
+            cache.pin(state, root)
+    return 0 if usable else 2
+
+
+def _survey(found: Check, which: int, root: Path, num_workers: int | None) -> None:
+    """Add what the source holds; a file that cannot be read is a finding like others."""
+    source = found.sources[which]
+    rules = rules_for(source, found.rules)
+    try:
+        files.require_file(source.path)
+        cache.unpin(source.path, root)
+        state = cache.identity(source.path, root)
+    except DataFault as fault:
+        survey = Survey()
+        with FindingLog(found.directory, survey) as log:
+            for finding in fault.findings:
+                survey.counts[f"code:{finding.code}"] += 1
+                log.add(finding, None)
+        found.states.append(None)
+        found.surveys.append(survey)
+        return
+    found.states.append(state)
+    found.surveys.append(
+        survey_file(
+            source.path,
+            rules,
+            size=state.size,
+            directory=found.directory,
+            num_workers=workers_for(state.size, num_workers),
+            each=lambda part: found.duplicates.add(part.hashes, [which << 40 | item for item in part.items]),
+        )
+    )
+    cache.require_unchanged(state, hashed=True)
+    if len(found.first) < 3:
+        found.first += islice(_conversations(source, rules), 3 - len(found.first))
+
+
+def _conversations(source: Source, rules: Rules) -> Iterator[tuple[str, list[Message]]]:
+    """The good records of a file, each with its place."""
+    rules, layout = layout_of(source.path, rules)
+    for record in read_raw(source.path, lambda finding, raw: None, layout=layout, options=rules.reading):
+        good = examine([record], source.path, rules, keep=True).normalised
+        if good:
+            yield (
+                Finding("DATA003", source.path, "", record.line, record.column, record.item).place(),
+                good[0],
+            )
+
+
+def _report_copies(found: Check, firsts: np.ndarray) -> None:
+    """A warning for each of the first thousand copies."""
+    if not len(found.copies):
+        return
+    survey = Survey()
+    with FindingLog(found.directory, survey) as log:
+        for copy, first in zip(found.copies[:MAX_LISTED], firsts):
+            source, item = _where(found, int(copy))
+            other, first_item = _where(found, int(first))
+            of = f"item {first_item}" + ("" if other == source else f" of {other}")
+            log.add(Finding("DATA034", source, f"exact duplicate of {of}", item=item), None)
+    found.surveys[0].counts["code:DATA034"] += len(found.copies)
+
+
+def _where(found: Check, record: int) -> tuple[str, int]:
+    label = found.duplicates.label(record)
+    return found.sources[label >> 40].path, label & (1 << 40) - 1
+
+
+def write_fixed(found: Check, out: Path, dedup: bool) -> None:
+    """The good records of all sources, normalised, one per line; all is written or nothing.
+
+    Raises:
+        UserError: ``out`` is one of the sources, or cannot be written.
+    """
+    if any(out.exists() and out.samefile(source.path) for source in found.sources):
+        raise UserError(f"--fix {out}: is one of the files that are read; name another one")
+    is_copy = np.zeros(found.duplicates.size, bool)
+    is_copy[found.copies] = dedup
+    temporary, record = out.with_name(f"{out.name}.tmp"), 0
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            for source in found.sources:
+                for _, messages in _conversations(source, rules_for(source, found.rules)):
+                    if not is_copy[record]:
+                        file.write(json.dumps(as_record(messages), ensure_ascii=False) + "\n")
+                    record += 1
+        temporary.replace(out)
+    except OSError as error:
+        raise UserError(f"--fix {out}: cannot be written: {error.strerror}") from None
+
+
+def as_record(messages: list[Message]) -> dict[str, Any]:
+    """A conversation in the Belle format, a document as ``{"text": ...}``."""
+    if messages[0].role == "text":
+        return {"text": messages[0].text}
+    names = {"user": "human", "assistant": "gpt", "system": "system"}
+    turns = [
+        {"from": names[m.role], "value": m.text} | ({} if m.train else {"train": False}) for m in messages
+    ]
+    return {"conversations": turns}
