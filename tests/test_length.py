@@ -1,5 +1,6 @@
 """What is cut from a conversation that is too long: by hand, and as properties over all of them."""
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,11 +14,17 @@ _ = IGNORE
 #                 s   u         a           u       a         u       a
 IDS = [9, 195, 11, 12, 196, 21, 22, 195, 13, 196, 23, 195, 14, 196, 24, 25, EOS]
 LABELS = [_, _, _, _, _, 21, 22, EOS, _, _, 23, EOS, _, _, 24, 25, EOS]
-SEGMENT = Rendered(IDS, LABELS, [1, 4, 7, 9, 11, 13])
+
+
+def rendered(ids, labels, turns=()):
+    return Rendered(np.array(ids, np.int32), np.array(labels, np.int32), list(turns))
+
+
+SEGMENT = rendered(IDS, LABELS, [1, 4, 7, 9, 11, 13])
 
 
 def cut(max_length, policy):
-    return [(piece.input_ids, piece.labels) for piece in fit(SEGMENT, max_length, policy)]
+    return [(piece.input_ids.tolist(), piece.labels.tolist()) for piece in fit(SEGMENT, max_length, policy)]
 
 
 @pytest.mark.parametrize("policy", TRUNCATION)
@@ -42,8 +49,8 @@ def test_cut_turns_ends_with_the_end_of_a_turn(max_length, ids, labels):
 
 def test_cut_turns_without_a_target_leaves_nothing():
     assert cut(5, "cut_turns") == []
-    untrained = Rendered(IDS, [_] * 10 + LABELS[10:], SEGMENT.turns)
-    assert [piece.input_ids for piece in fit(untrained, 12, "cut_turns")] == [[*IDS[:11], EOS]]
+    untrained = rendered(IDS, [_] * 10 + LABELS[10:], SEGMENT.turns)
+    assert [piece.input_ids.tolist() for piece in fit(untrained, 12, "cut_turns")] == [[*IDS[:11], EOS]]
     assert fit(untrained, 9, "cut_turns") == []
 
 
@@ -77,10 +84,14 @@ def test_drop_and_error():
 
 
 def test_a_document_is_split_and_loses_nothing():
-    document = Rendered([*range(30, 40), EOS], [_, *range(31, 40), EOS])
+    document = rendered([*range(30, 40), EOS], [_, *range(31, 40), EOS])
     pieces = fit(document, 4, "cut_turns")
-    assert [piece.input_ids for piece in pieces] == [[30, 31, 32, 33], [34, 35, 36, 37], [38, 39, EOS]]
-    assert [piece.labels for piece in pieces] == [[_, 31, 32, 33], [_, 35, 36, 37], [_, 39, EOS]]
+    assert [piece.input_ids.tolist() for piece in pieces] == [
+        [30, 31, 32, 33],
+        [34, 35, 36, 37],
+        [38, 39, EOS],
+    ]
+    assert [piece.labels.tolist() for piece in pieces] == [[_, 31, 32, 33], [_, 35, 36, 37], [_, 39, EOS]]
     assert fit(document, 4, "drop") == []
 
 
@@ -99,7 +110,7 @@ def conversations(draw):
         last_trained = draw(st.booleans()) or number == 0
         ids += [196] + [20 + number] * answer
         labels += [_] + ([20 + number] if last_trained else [_]) * answer
-    return Rendered([*ids, EOS], [*labels, EOS if last_trained else _], turns)
+    return rendered([*ids, EOS], [*labels, EOS if last_trained else _], turns)
 
 
 @given(conversations(), st.integers(2, 40), st.sampled_from(["cut_turns", "cut_left", "drop"]))
@@ -112,9 +123,10 @@ def test_properties_of_every_policy(segment, max_length, policy):
             label in (_, token) or (label == EOS and token == 195)
             for token, label in zip(piece.input_ids, piece.labels)
         )
-        answers = [label for label in piece.labels if label not in (_, EOS)]
-        kept_whole = {a for a in answers if answers.count(a) == segment.labels.count(a)}
-        ends = piece.labels.count(EOS)
+        assert piece.input_ids.dtype == piece.labels.dtype == np.int32
+        answers = [label for label in piece.labels.tolist() if label not in (_, EOS)]
+        kept_whole = {a for a in answers if answers.count(a) == segment.labels.tolist().count(a)}
+        ends = piece.labels.tolist().count(EOS)
         assert ends >= len(kept_whole) - (policy == "cut_turns" and len(piece.input_ids) == max_length)
         if policy == "cut_left":
             assert piece.labels[-1] == segment.labels[-1]

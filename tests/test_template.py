@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from fixtures import GOLDEN, SHARED, SMALL_VOCABULARY
@@ -45,22 +46,34 @@ def test_labels_by_hand():
         [_, _, _, _, _, 12, 13, EOS, _, _, 15, EOS],
     ]
     rendered = render(messages, Letters())
-    assert [rendered.input_ids, rendered.labels] == expected
+    assert [rendered.input_ids.tolist(), rendered.labels.tolist()] == expected
+    assert rendered.input_ids.dtype == rendered.labels.dtype == np.int32 and rendered.turns == [1, 4, 7, 9]
     last = render(messages, Letters(), train_on="last")
-    assert last.input_ids == expected[0]
-    assert last.labels == [_, _, _, _, _, _, _, _, _, _, 15, EOS]
+    assert last.input_ids.tolist() == expected[0]
+    assert last.labels.tolist() == [_, _, _, _, _, _, _, _, _, _, 15, EOS]
 
 
 def test_an_untrained_turn_is_context():
     messages = [*turns("a"), Message("assistant", "b", train=False), *turns("c", "d", "e")]
     rendered = render(messages, Letters())
-    assert rendered.input_ids == [195, 10, 196, 11, 195, 12, 196, 13, 195, 14]
-    assert rendered.labels == [_, _, _, _, _, _, _, 13, EOS, _]  # no eos at the end: the user's turn is open
+    assert rendered.input_ids.tolist() == [195, 10, 196, 11, 195, 12, 196, 13, 195, 14]
+    assert rendered.labels.tolist() == [
+        _,
+        _,
+        _,
+        _,
+        _,
+        _,
+        _,
+        13,
+        EOS,
+        _,
+    ]  # no eos at the end: the user's turn is open
 
 
 def test_an_untrained_last_turn_teaches_no_eos():
     messages = [*turns("a", "b", "c"), Message("assistant", "d", train=False)]
-    assert render(messages, Letters()).labels == [_, _, _, 11, EOS, _, _, _, _]
+    assert render(messages, Letters()).labels.tolist() == [_, _, _, 11, EOS, _, _, _, _]
 
 
 @pytest.mark.parametrize(
@@ -84,7 +97,7 @@ def test_what_cannot_be_trained_is_refused(messages, train_on, message):
 
 def vendor_row(rendered, length):
     """ids, labels and mask as the vendor cuts and pads them to ``length``."""
-    ids, labels = rendered.input_ids[:length], rendered.labels[:length]
+    ids, labels = rendered.input_ids.tolist()[:length], rendered.labels.tolist()[:length]
     ids, labels = ids + [0] * (length - len(ids)), labels + [IGNORE] * (length - len(labels))
     return torch.tensor(ids), torch.tensor(labels), torch.tensor(ids) != 0
 
@@ -159,12 +172,12 @@ def test_targets_are_the_trained_texts_and_their_eos(system, pairs):
         return
     rendered = render(messages, TOKENIZER)
     assert len(rendered.input_ids) == len(rendered.labels)
-    targets = [label for label in rendered.labels if label != IGNORE]
+    targets = [label for label in rendered.labels.tolist() if label != IGNORE]
     answers: list[list[int]] = [[]]
     for label in targets:
         answers[-1].append(label) if label != EOS else answers.append([])
     assert [TOKENIZER.decode(ids) for ids in answers] == [*trained, ""]
-    controls = [i for i in rendered.input_ids if i in TOKENIZER.control_ids]
+    controls = [i for i in rendered.input_ids.tolist() if i in TOKENIZER.control_ids]
     assert controls == [195, 196] * len(pairs) + [EOS]
     same_place = [
         (i, label) for i, label in zip(rendered.input_ids, rendered.labels) if label not in (IGNORE, EOS)
@@ -181,5 +194,9 @@ def test_a_batch_is_its_conversations_encoded_in_one_call():
             calls.append(len(texts))
             return TOKENIZER.encode_texts(texts)
 
-    assert render_batch(conversations, Counting()) == [render(c, TOKENIZER) for c in conversations]
+    for together, alone in zip(
+        render_batch(conversations, Counting()), [render(c, TOKENIZER) for c in conversations]
+    ):
+        assert np.array_equal(together.input_ids, alone.input_ids)
+        assert np.array_equal(together.labels, alone.labels) and together.turns == alone.turns
     assert calls == [7]

@@ -187,18 +187,15 @@ def _tokenise(
         found.counts.update({why: 1, "rendered": total, "lost": total - left})
         found.counts["cut"] += bool(kept) and left < total
         if not kept:
-            found.prompts += [i for i, label in enumerate(segment.labels) if i and label != template.IGNORE][
-                :1
-            ]
+            found.prompts += filter(None, [length.prompt_tokens(segment)])
         pieces += [(record.item, content, piece) for piece in kept]
     found.segments = _lay_out(pieces)
 
 
 def _lay_out(pieces: list[tuple[int, int, template.Rendered]]) -> Segments:
-    ids = [np.asarray(segment.input_ids, np.int32) for _, _, segment in pieces]
-    labels = [np.asarray(segment.labels, np.int32) for _, _, segment in pieces]
-    for label in labels:
-        label[0] = template.IGNORE
+    ids = [segment.input_ids for _, _, segment in pieces]
+    labels = [segment.labels for _, _, segment in pieces]
+    assert all(len(one) == len(other) for one, other in zip(ids, labels, strict=True))
     empty = [np.empty(0, np.int32)]
     return Segments(
         np.concatenate(ids or empty),

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
+
 from baichuan_sft.data.findings import RecordFault
 from baichuan_sft.data.template import EOS, IGNORE, Rendered
 from baichuan_sft.errors import pick
@@ -31,7 +33,13 @@ def fit(segment: Rendered, max_length: int, policy: str) -> list[Rendered]:
 
 def has_target(segment: Rendered) -> bool:
     """Whether anything can be learnt; label 0 never is, nothing stands before it."""
-    return any(label != IGNORE for label in segment.labels[1:])
+    return bool((segment.labels[1:] != IGNORE).any())
+
+
+def prompt_tokens(segment: Rendered) -> int | None:
+    """Tokens before the first that is learnt; None where nothing is."""
+    targets = np.flatnonzero(segment.labels[1:] != IGNORE)
+    return int(targets[0]) + 1 if len(targets) else None
 
 
 def cut_turns(segment: Rendered, max_length: int) -> list[Rendered]:
@@ -44,7 +52,9 @@ def cut_turns(segment: Rendered, max_length: int) -> list[Rendered]:
     """
     for start in reversed(segment.turns[2::2]):  # markers of user turns after the first
         if start < max_length:
-            kept = Rendered([*segment.input_ids[:start], EOS], segment.labels[: start + 1], segment.turns)
+            ids = segment.input_ids[: start + 1].copy()
+            ids[start] = EOS
+            kept = Rendered(ids, segment.labels[: start + 1], segment.turns)
             if has_target(kept):
                 return [kept]
     return [Rendered(segment.input_ids[:max_length], segment.labels[:max_length], segment.turns)]
@@ -59,12 +69,18 @@ def cut_left(segment: Rendered, max_length: int) -> list[Rendered]:
     for start in segment.turns[2::2]:
         if system + len(ids) - start <= max_length:
             # What its marker's label would end is gone.
-            return [Rendered(ids[:system] + ids[start:], [IGNORE] * (system + 1) + labels[start + 1 :])]
+            return [Rendered(np.append(ids[:system], ids[start:]), _blank(system + 1, labels[start + 1 :]))]
     user, assistant = segment.turns[-2:] if len(segment.turns) > 1 else (system, len(ids))
     start = len(ids) - (max_length - system - 1)
     if start > assistant:
         return []
-    return [Rendered([*ids[:system], ids[user], *ids[start:]], [IGNORE] * (system + 1) + labels[start:])]
+    kept = np.concatenate([ids[:system], ids[user : user + 1], ids[start:]])
+    return [Rendered(kept, _blank(system + 1, labels[start:]))]
+
+
+def _blank(number: int, labels: np.ndarray) -> np.ndarray:
+    """The labels, with as many of what is not learnt before them."""
+    return np.append(np.full(number, IGNORE, np.int32), labels)
 
 
 def drop(segment: Rendered, max_length: int) -> list[Rendered]:
@@ -78,7 +94,7 @@ def refuse(segment: Rendered, max_length: int) -> list[Rendered]:
         RecordFault: always, with the lengths.
     """
     total = len(segment.input_ids)
-    prompt = next((i for i, label in enumerate(segment.labels) if i and label != IGNORE), total)
+    prompt = prompt_tokens(segment) or total
     text = f"{total} tokens, the prompt alone {prompt}, longer than model_max_length {max_length}"
     raise RecordFault("DATA024", f"{text}; raise it, or pass --truncation cut_turns, cut_left or drop")
 
@@ -86,7 +102,7 @@ def refuse(segment: Rendered, max_length: int) -> list[Rendered]:
 def _split(segment: Rendered, max_length: int) -> list[Rendered]:
     starts = range(0, len(segment.input_ids), max_length)
     pieces = [(segment.input_ids[i : i + max_length], segment.labels[i : i + max_length]) for i in starts]
-    return [Rendered(ids, [IGNORE, *labels[1:]]) for ids, labels in pieces]
+    return [Rendered(ids, _blank(1, labels[1:])) for ids, labels in pieces]
 
 
 # name -> what is left of a segment that is too long

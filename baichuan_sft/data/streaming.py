@@ -24,6 +24,7 @@ from baichuan_sft.data.survey import layout_of
 from baichuan_sft.errors import UserError
 
 DRAWS = 4096  # choices of a source that are drawn at once
+MAX_FRUITLESS = 20  # draws of 64 records in a row of which none could be used
 FULL = 0.97  # a row with less waits for the next window, once
 
 Segment = dict[str, Any]
@@ -92,8 +93,14 @@ class StreamingRows(IterableDataset):
         while True:
             segments = [_thaw(one) for one in now["leftover"]]
             carried = len(segments)
+            fruitless = 0
             while len(segments) < self.window:
-                segments += self._examine(self._draw(streams, now))
+                found = self._examine(self._draw(streams, now))
+                segments += found
+                fruitless = 0 if found else fruitless + 1
+                if fruitless > MAX_FRUITLESS:
+                    paths = ", ".join(source.path for source in self.sources)
+                    raise UserError(f"{paths}: no record can be used; `baichuan-sft data check` says why")
             rows, left = self._pack(segments, carried, now["windows"])
             for row in islice(rows, self.emitted, None):
                 self.emitted += 1
@@ -160,7 +167,8 @@ class StreamingRows(IterableDataset):
         if self.capacity is None:
             order = np.random.default_rng([self.seed, number]).permutation(len(segments))
             return [[segments[i]] for i in order], []
-        rows = [row.tolist() for row in plan(lengths, self.capacity, seed=self.seed + number)]
+        planned = plan(lengths, self.capacity, seed=self.seed + number)
+        rows = [planned[row].tolist() for row in range(len(planned))]
         waits = [row for row in rows if lengths[row].sum() < FULL * self.capacity and min(row) >= carried]
         kept = [row for row in rows if row not in waits]
         return [[segments[i] for i in row] for row in kept], [

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from baichuan_sft.data.findings import RecordFault
 from baichuan_sft.data.formats import Message
 from baichuan_sft.errors import UserError, pick
@@ -17,14 +19,15 @@ TRAIN_ON = {"all": slice(None), "last": slice(-1, None)}
 
 @dataclass(frozen=True)
 class Rendered:
-    """One conversation or document, unpadded and untruncated: ``len(labels) == len(input_ids)``.
+    """One conversation or document, unpadded and untruncated.
 
     Attributes:
+        input_ids, labels: int32, of one length.
         turns: where the marker of each user and assistant turn stands; none in a document.
     """
 
-    input_ids: list[int]
-    labels: list[int]
+    input_ids: np.ndarray
+    labels: np.ndarray
     turns: list[int] = field(default_factory=list)
 
 
@@ -69,28 +72,35 @@ def render_batch(
         if messages[0].role == "text":
             rendered.append(_document(texts[0]))
             continue
-        rendered.append(_join([markers.get(m.role, []) for m in messages], texts, targets))
-        if messages[-1].role == "assistant":
-            rendered[-1].input_ids.append(EOS)
-            rendered[-1].labels.append(EOS if len(messages) - 1 in targets else IGNORE)
+        end = [EOS] * (messages[-1].role == "assistant")
+        rendered.append(_join([markers.get(m.role, []) for m in messages], texts, targets, end))
     return rendered
 
 
 def _document(text: list[int]) -> Rendered:
-    return Rendered([*text, EOS], [IGNORE, *text[1:], EOS] if text else [IGNORE])
+    ids = np.array([*text, EOS], np.int32)
+    labels = ids.copy()
+    labels[0] = IGNORE
+    return Rendered(ids, labels)
 
 
-def _join(markers: list[list[int]], texts: list[list[int]], trained: set[int]) -> Rendered:
-    """Ids and labels of the turns, without the final eos; ``trained`` holds turn indices."""
-    ids: list[int] = []
-    labels: list[int] = []
+def _join(markers: list[list[int]], texts: list[list[int]], trained: set[int], end: list[int]) -> Rendered:
+    """Ids and labels of the turns and what ends the last; ``trained`` holds turn indices."""
+    flat: list[int] = []
     turns: list[int] = []
+    spans: list[tuple[int, int]] = []  # texts that are targets
     for i, (marker, text) in enumerate(zip(markers, texts, strict=True)):
         if marker:
-            turns.append(len(ids))
-        ids += marker + text
-        labels += [EOS if i - 1 in trained else IGNORE] * len(marker)
-        labels += text if i in trained else [IGNORE] * len(text)
+            turns.append(len(flat))
+        flat += marker
+        if i in trained:
+            spans.append((len(flat), len(flat) + len(text)))
+        flat += text
+    ids = np.array(flat + end, np.int32)
+    labels = np.full(len(ids), IGNORE, np.int32)
+    for start, stop in spans:
+        labels[start:stop] = ids[start:stop]
+        labels[stop : stop + 1] = EOS  # over the next marker or eos; none where the user's turn is open
     return Rendered(ids, labels, turns)
 
 

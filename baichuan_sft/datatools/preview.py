@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from itertools import groupby, islice
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.text import Text
 
@@ -22,6 +23,8 @@ from baichuan_sft.data.template import IGNORE, TRAIN_ON, Rendered, render
 TRAINED, SEEN, MARKER = "bold green", "dim", "dim reverse"
 OPEN, CLOSE = "⟦", "⟧"
 EXAMPLE = "baichuan-sft preview data/belle_chat.json --model_name_or_path ~/models/Baichuan2-7B-Base --num 2"
+
+NOTHING = Rendered(np.empty(0, np.int32), np.empty(0, np.int32))
 
 Piece = tuple[str, str]  # (what is printed, its style)
 
@@ -51,7 +54,7 @@ def preview(argv: list[str] | None = None) -> int:
     trained = tokens = 0
     for record in records:
         segment = _render(record, args, rules, tokenizer)
-        cut = (fit(segment, args.max_length, args.truncation) or [Rendered([], [])])[0]
+        cut = (fit(segment, args.max_length, args.truncation) or [NOTHING])[0]
         console.print("\n", Text(_headline(args.file, record, segment, cut), style="bold"), sep="")
         console.print(joined(pieces(cut, tokenizer), coloured))
         trained, tokens = trained + num_targets(cut), tokens + len(cut.input_ids)
@@ -100,7 +103,7 @@ def _render(record: RawRecord, args: Any, rules: Rules, tokenizer: Any) -> Rende
 def _headline(path: str, record: RawRecord, segment: Rendered, cut: Rendered) -> str:
     counts = f"{num_targets(cut)} of {len(cut.input_ids)} tokens trained"
     lost = len(segment.input_ids) - len(cut.input_ids)
-    if not cut.input_ids:
+    if not len(cut.input_ids):
         counts = f"{lost} tokens, none trained: no target is left, training drops it"
     elif lost:
         counts += f", {lost} cut off"
@@ -110,7 +113,7 @@ def _headline(path: str, record: RawRecord, segment: Rendered, cut: Rendered) ->
 
 def num_targets(segment: Rendered) -> int:
     # Label 0 is never predicted: nothing stands before it.
-    return sum(label != IGNORE for label in segment.labels[1:])
+    return int((segment.labels[1:] != IGNORE).sum())
 
 
 def _legend(coloured: bool) -> Text:
@@ -125,7 +128,7 @@ def pieces(segment: Rendered, tokenizer: Any) -> Iterator[Piece]:
         tokenizer.assistant_token_id: "<assistant>",
         tokenizer.eos_token_id: tokenizer.eos_token,
     }
-    tokens = zip(segment.input_ids, segment.labels)
+    tokens = zip(segment.input_ids.tolist(), segment.labels.tolist())
     # Text is decoded in runs: one Chinese character may be three byte tokens.
     runs = groupby(tokens, key=lambda token: (names.get(token[0]), token[0] != token[1]))
     for (name, is_seen), run in runs:

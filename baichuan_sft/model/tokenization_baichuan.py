@@ -144,8 +144,11 @@ class BaichuanTokenizer(ChatTemplateMixin, PreTrainedTokenizer):  # type: ignore
 
     def encode_texts(self, texts: list[str], num_threads: int = -1) -> list[list[int]]:
         """``encode_text`` of each, in one call to SentencePiece, by default on all cores."""
-        for text in texts:
-            check_encodable(text)
+        try:
+            "".join(texts).encode()  # all at once; each by itself only to say which
+        except (UnicodeEncodeError, TypeError):
+            for text in texts:
+                check_encodable(text)
         return self._safe_sp_model.encode(texts, num_threads=num_threads)
 
     def tokenize(self, text: str, **kwargs: Any) -> list[str]:  # type: ignore[override]

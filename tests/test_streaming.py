@@ -1,0 +1,122 @@
+"""Rows packed while files are read: one order for any number of ranks, nothing lost, exact resume."""
+
+import json
+from collections import Counter
+from itertools import islice
+
+import numpy as np
+import pytest
+from fixtures import SMALL_VOCABULARY
+
+from baichuan_sft.data.check import Rules
+from baichuan_sft.data.findings import DataFault
+from baichuan_sft.data.sources import Source
+from baichuan_sft.data.streaming import StreamingRows
+from baichuan_sft.errors import UserError
+from baichuan_sft.model.tokenization_baichuan import BaichuanTokenizer
+
+TOKENIZER = BaichuanTokenizer(vocab_file=str(SMALL_VOCABULARY))
+
+
+@pytest.fixture
+def sources(tmp_path):
+    """Two files of 300 and 90 conversations of different lengths."""
+    made = []
+    for name, size in (("a", 300), ("b", 90)):
+        path = tmp_path / f"{name}.jsonl"
+        with path.open("w") as file:
+            for i in range(size):
+                pair = [
+                    {"from": "human", "value": f"{name}{i}"},
+                    {"from": "gpt", "value": "好" * (1 + i * 7 % 40)},
+                ]
+                file.write(json.dumps({"conversations": pair}) + "\n")
+        made.append(Source(str(path)))
+    return made
+
+
+def stream(sources, **options):
+    options = {"capacity": 64, "window": 40, "seed": 3} | options
+    return StreamingRows(sources, TOKENIZER, Rules(max_length=64), **options)
+
+
+def names(rows):
+    return [[(segment["source"], segment["item"]) for segment in row] for row in rows]
+
+
+def test_rows_fit_and_are_nearly_full(sources):
+    rows = list(islice(stream(sources), 300))
+    sizes = [sum(len(segment["input_ids"]) for segment in row) for row in rows]
+    assert max(sizes) <= 64 and sum(sizes) / (64 * len(rows)) > 0.97
+    for segment in rows[0]:
+        assert segment["input_ids"].dtype == segment["labels"].dtype == np.int32
+
+
+def test_every_record_of_a_source_comes_before_any_comes_again(sources):
+    seen = Counter(item for row in islice(stream(sources[1:], window=30), 400) for _, item in names([row])[0])
+    assert set(seen) == set(range(90)) and max(seen.values()) - min(seen.values()) <= 2
+
+
+def test_weights_are_chances(tmp_path, sources):
+    weighted = [Source(sources[0].path, weight=3.0), Source(sources[1].path, weight=1.0)]
+    drawn = Counter(source for row in islice(stream(weighted), 400) for source, _ in names([row])[0])
+    assert 2.4 < drawn[0] / drawn[1] < 3.7
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_share_one_order_and_no_record(sources, world_size):
+    def records(world_size, rank, number):
+        rows = stream(sources[:1], world_size=world_size, rank=rank, capacity=None)
+        drawn = [one for row in islice(rows, number) for one in names([row])[0]]
+        return sorted(drawn)
+
+    alone = records(1, 0, 240)
+    together = sorted(
+        one for rank in range(world_size) for one in records(world_size, rank, 240 // world_size)
+    )
+    # Each rank fills whole windows of 40: compare what all have surely seen.
+    assert len(Counter(alone) & Counter(together)) > 200
+    assert not Counter(records(world_size, 0, 80)) & Counter(records(world_size, 1, 80))
+
+
+@pytest.mark.parametrize("capacity", [64, None])
+@pytest.mark.parametrize("taken", [0, 1, 7, 23, 60])
+def test_a_resumed_stream_goes_on_exactly(sources, capacity, taken):
+    straight = names(islice(stream(sources, capacity=capacity), taken + 40))
+    first = stream(sources, capacity=capacity)
+    list(islice(first, taken))
+    state = json.loads(json.dumps(first.state_dict()))
+    resumed = stream(sources, capacity=capacity, state=state)
+    assert names(islice(resumed, 40)) == straight[taken:]
+
+
+def test_another_setting_does_not_resume(sources):
+    state = stream(sources).state_dict()
+    for other in ({"world_size": 2}, {"seed": 4}, {"capacity": 32}):
+        with pytest.raises(
+            UserError, match=f"the stream was saved with {next(iter(other))} .* resume with the same"
+        ):
+            stream(sources, state=state, **other)
+
+
+@pytest.mark.parametrize("broken", ["{", json.dumps({"conversations": []})])
+def test_a_faulty_record_stops_or_is_counted(tmp_path, broken):
+    good = json.dumps({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]})
+    path = tmp_path / "x.jsonl"
+    path.write_text("\n".join([good, broken, good]))
+    with pytest.raises(DataFault, match=r"ERROR DATA0\d\d .*x\.jsonl:2"):
+        list(islice(stream([Source(str(path))]), 1))
+    skipping = stream([Source(str(path))], on_error="skip", window=4)
+    rows = names(islice(skipping, 3))
+    assert {item for row in rows for _, item in row} == {0, 2} and skipping.counts["rejected"] > 0
+
+
+def test_a_source_without_a_record_is_refused(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text("\n")
+    with pytest.raises(UserError, match=r"x\.jsonl"):
+        list(islice(stream([Source(str(path))], on_error="skip"), 1))
+    bad = tmp_path / "y.jsonl"
+    bad.write_text("{}\n")
+    with pytest.raises(UserError, match=r"y\.jsonl.*no record can be used"):
+        list(islice(stream([Source(str(bad))], on_error="skip"), 1))
