@@ -1,6 +1,6 @@
 """Data: megabytes checked and tokens made per CPU-second, and what a cached epoch costs.
 
-python benchmarks/data.py check FILE [--gib 1]        all of 1,000 seeded errors found? throughput, peak memory
+python benchmarks/data.py check FILE [--gib 1]        1,000 seeded errors: all found? throughput, memory
 python benchmarks/data.py tokenise FILE TOKENIZER     against the vendor's way: one message at a time, padded
 
 FILE holds conversations in the Belle format. Times are CPU-seconds of this process and its children: the
@@ -84,9 +84,8 @@ def check(source: Path, size: int) -> None:
         end="",
     )
     print(f"{len(set(found) - set(broken))} others; {re.search(r'read .*', done.stdout)[0]}")
-    print(
-        f"{megabytes:.0f} MB in {seconds:.1f} CPU-seconds: {megabytes / seconds:.0f} MB/s; peak {peak:.0f} MiB"
-    )
+    speed = f"{megabytes / seconds:.0f} MB/s; peak {peak:.0f} MiB"
+    print(f"{megabytes:.0f} MB in {seconds:.1f} CPU-seconds: {speed}")
 
 
 # --- tokenise -------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from baichuan_sft import BaichuanConfig, BaichuanForCausalLM, load_tokenizer
+from baichuan_sft.data.check import Rules
 from baichuan_sft.data.dataset import build_dataset
 from baichuan_sft.data.packing import Collator, one_per_row, plan
 from baichuan_sft.data.template import IGNORE
@@ -38,7 +39,7 @@ STEP_TOKENS = 4096  # computed in one step, about
 
 def batches(name, segments, capacity, seed):
     """Lists of rows of segment numbers without end, and useful / computed over all of them."""
-    lengths = segments["length"][:]
+    lengths = segments.lengths
     rng = np.random.default_rng(seed)
     if name == "packed":
         rows, size = plan(lengths, capacity, seed=seed), max(1, STEP_TOKENS // capacity)
@@ -113,8 +114,8 @@ def main() -> None:
     print("| tokens | | useful / computed | targets per CPU-s | packed is faster by: median (min - max) |")
     print("|---|---|---|---|---|")
     for capacity in map(int, args.row_tokens.split(",")):
-        dataset, _ = build_dataset([args.data], tokenizer, max_length=capacity)
-        rates, useful = compare(dataset.with_format("numpy"), capacity, args.rounds, args.position)
+        segments = build_dataset([args.data], tokenizer, Rules(max_length=capacity)).train
+        rates, useful = compare(segments, capacity, args.rounds, args.position)
         for name in CONTESTANTS:
             ratios = [ours / theirs for ours, theirs in zip(rates["packed"], rates[name])]
             spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} - {max(ratios):.2f})"

@@ -225,15 +225,13 @@ def test_nothing_is_lost_whatever_is_read(build, tmp_path, records, max_length, 
 # --- findings -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bad, shown", [(1, 1), (2, 2), (25, 20), (1200, 20)])
+@pytest.mark.parametrize("bad, shown", [(2, 2), (25, 20), (1200, 20)])
 def test_all_findings_come_at_once(build, tmp_path, bad, shown):
     path = write(tmp_path / "x.json", [pair("a", "b")] + [pair("a", None)] * bad)
     with pytest.raises(DataFault) as caught:
         build([path], report_dir=tmp_path / "out")
     first, *lines = str(caught.value).split("\n")
-    assert first.startswith(
-        f"{bad:,} fault{'s' * (bad > 1)} in the data, nothing was trained (--on_error skip"
-    )
+    assert first.startswith(f"{bad:,} faults in the data, nothing was trained (--on_error skip")
     assert lines[0].endswith('item 1 turn 1: "value" is null, expected text')
     assert lines[0].startswith(f"  ERROR DATA016 {path}:1:")
     assert len([line for line in lines if "item" in line]) == shown
@@ -244,6 +242,13 @@ def test_all_findings_come_at_once(build, tmp_path, bad, shown):
     assert {(entry["severity"], entry["code"], entry["turn"]) for entry in written} == {
         ("ERROR", "DATA016", 1)
     }
+
+
+def test_one_finding_is_one_line(build, tmp_path):
+    path = write(tmp_path / "x.json", [pair("a", None)])
+    words = r'^ERROR DATA016 .*x\.json:1:\d+ item 0 turn 1: "value" is null, .*; nothing was trained, .* out$'
+    with pytest.raises(DataFault, match=words):
+        build([path])
 
 
 def test_findings_of_all_files_in_order(build, tmp_path):

@@ -1,5 +1,7 @@
 """Packing: plans, the order of rows, batches by hand, and that packed conversations never see each other."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -91,13 +93,14 @@ def test_rows_of_equal_halves_need_two_of_them():
 
 
 @pytest.fixture(scope="module")
-def real_lengths(tmp_path_factory):
-    from baichuan_sft.data.dataset import build_dataset
-
-    path, cache = SHARED / "data" / "smile_belle_10k.json", tmp_path_factory.mktemp("cache")
-    tokenizer = load_tokenizer(VOCABULARIES["baichuan2"])
-    dataset, _ = build_dataset([path], tokenizer, max_length=4096, cache_dir=cache)
-    return np.array(dataset["length"][:])
+def real_lengths():
+    """Tokens of 10,000 conversations: a role id before each text, and one eos."""
+    records = json.loads((SHARED / "data" / "smile_belle_10k.json").read_text())
+    texts = [[turn["value"] for turn in record["conversations"]] for record in records]
+    encoded = load_tokenizer(VOCABULARIES["baichuan2"]).encode_texts([t for turns in texts for t in turns])
+    ends = np.cumsum([len(turns) for turns in texts])
+    tokens = np.array([1 + len(ids) for ids in encoded])
+    return np.add.reduceat(tokens, np.concatenate([[0], ends[:-1]])) + 1
 
 
 @needs_shared

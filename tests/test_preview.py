@@ -6,8 +6,8 @@ import re
 import pytest
 from fixtures import ROOT, SMALL_VOCABULARY
 
-from baichuan_sft.errors import UserError
 from baichuan_sft.datatools.preview import preview
+from baichuan_sft.errors import UserError
 
 CHAT = ROOT / "data" / "belle_chat.json"
 LINES = ROOT / "data" / "belle_chat.jsonl"

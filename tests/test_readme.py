@@ -12,11 +12,11 @@ from launching import environment, free_port, make_nano, run
 
 from baichuan_sft.checkpoint import load_model, verify
 from baichuan_sft.data.formats import parse as parse_record
+from baichuan_sft.datatools.preview import _parser as preview_parser
 from baichuan_sft.errors import UserError
 from baichuan_sft.infer.chat import build_parser as chat_parser
 from baichuan_sft.infer.terminal import COMMANDS as CHAT_COMMANDS
 from baichuan_sft.model.configuration_baichuan import BaichuanConfig
-from baichuan_sft.datatools.preview import _parser as preview_parser
 from baichuan_sft.train import args as tables
 from baichuan_sft.train.parse import build_parser as train_parser
 from baichuan_sft.variants import VARIANTS

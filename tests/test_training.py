@@ -149,7 +149,7 @@ def test_an_epoch_sees_each_record_once(train, monkeypatch, packing):
     monkeypatch.setattr(SftTrainer, "compute_loss", keep_items)
     options = dict(max_steps=-1, num_train_epochs=1, per_device_train_batch_size=3, packing_tokens=512)
     rows = log_of(train(packing=packing, **(options if packing else dict(options, packing_tokens=None))))
-    assert sorted(seen) == list(range(70))
+    assert sorted(seen) == [(0, item) for item in range(70)]
     assert len(rows) == (2 if packing else 24)
 
 
@@ -259,8 +259,8 @@ def test_loss_is_the_mean_over_all_targets_of_the_update(train, nano):
         turns = [Message(roles[turn["from"]], turn["value"]) for turn in record["conversations"]]
         rendered = render(turns, tokenizer)
         with torch.no_grad():
-            logits = model(torch.tensor([rendered.input_ids])).logits[0, :-1]
-        labels = torch.tensor(rendered.labels[1:])
+            logits = model(torch.tensor(rendered.input_ids)[None]).logits[0, :-1]
+        labels = torch.tensor(rendered.labels[1:]).long()
         total += torch.nn.functional.cross_entropy(logits, labels, reduction="sum").item()
         count += int((labels != -100).sum())
     # fp32 sums in another order
@@ -502,8 +502,8 @@ def test_bad_input_is_one_line_and_exit_code_2(nano, tmp_path):
     )
     cases = {
         "no such file": {"data_path": "nowhere.json"},
-        "bad.json:1:62: trailing comma": {"data_path": tmp_path / "bad.json"},
-        "did you mean 'human'": {"data_path": tmp_path / "role.json"},
+        "bad.json:1:62 item 0: trailing comma": {"data_path": tmp_path / "bad.json"},
+        'did you mean "human"': {"data_path": tmp_path / "role.json"},
         "not a Baichuan model": {"model_name_or_path": other},
         "unknown flag --lerning_rate": {"lerning_rate": 1},
     }
@@ -533,4 +533,4 @@ def test_a_fault_in_the_data_ends_all_processes_with_its_one_line(nano, tmp_path
     )
     assert done.returncode == 2, done.stdout
     assert len(error_lines(done.stdout)) == 1
-    assert "bad.jsonl:50001" in done.stdout and "did you mean 'human'" in done.stdout
+    assert "bad.jsonl:50001" in done.stdout and 'did you mean "human"' in done.stdout

@@ -83,6 +83,8 @@ def build_dataset(
     data = _choose(entries, dedup=dedup, dev_ratio=dev_ratio, seed=seed)
     if not len(data.train):
         raise _nothing_left(data.report, entries)
+    if data.dev is not None and not len(data.dev):
+        raise UserError(f"dev_ratio {dev_ratio:g}: all usable records are equal, none can be held out")
     return data
 
 

@@ -164,12 +164,15 @@ def workers_for(size: int, num_workers: int | None) -> int:
 
 def fault_of(errors: list[Finding], total: int, report_dir: Path | None) -> DataFault:
     """All findings as one error: the first 20 shown, the rest in the report."""
-    faults = "1 fault" if total == 1 else f"{total:,} faults"
+    if total == 1:
+        return DataFault(f"{errors[0]}; nothing was trained, --on_error skip leaves it out", errors)
     lines = [f"  {finding}" for finding in errors[:MAX_SHOWN]]
     if total > MAX_SHOWN:
         lines.append(f"  ... and {total - MAX_SHOWN:,} more")
     where = f"; all are in {report_dir}/data_report.jsonl" if report_dir else ""
-    head = f"{faults} in the data, nothing was trained (--on_error skip leaves such records out{where}):"
+    head = (
+        f"{total:,} faults in the data, nothing was trained (--on_error skip leaves such records out{where}):"
+    )
     return DataFault("\n".join([head, *lines]), errors)
 
 

@@ -68,11 +68,18 @@ def parse_sources(spec: str | Sequence[str | Path], *, allow_outside: bool = Fal
     return found
 
 
+def split_share(word: str) -> tuple[str, str]:
+    """``a.json:0.7`` as ``a.json`` and ``:0.7``; the second is empty where nothing follows the name."""
+    match = SHARE.fullmatch(word)
+    assert match is not None  # the pattern matches any text
+    return match["path"], word[len(match["path"]) :]
+
+
 def _read_word(word: str) -> Source:
     if os.path.exists(word):  # a name may hold a colon
         return Source(word)
     match = SHARE.fullmatch(word)
-    assert match is not None  # the pattern matches any text
+    assert match is not None
     path, weight, samples = match["path"], match["weight"], match["samples"]
     if weight is None and samples is None:
         return Source(path)

@@ -12,10 +12,8 @@ from typing import Any
 import numpy as np
 
 from baichuan_sft.data.check import Segments
-from baichuan_sft.data.template import IGNORE
 
 SHARD_TOKENS = 64 << 20  # 512 MiB of ids and labels
-NO_ITEM = -1  # the item of a segment that stands for no record
 
 
 class ShardWriter:
@@ -122,13 +120,3 @@ class TokenDataset:
         """First segment of each record, int64; the pieces of a document follow each other."""
         changes = (np.diff(self.items) != 0) | (np.diff(self.sources) != 0)
         return np.flatnonzero(np.concatenate([[True], changes])[: len(self)])
-
-
-def empty_segment() -> dict[str, Any]:
-    """One token without a target, for a row that stands for no record."""
-    return {
-        "input_ids": np.zeros(1, np.int32),
-        "labels": np.full(1, IGNORE, np.int32),
-        "item": NO_ITEM,
-        "source": NO_ITEM,
-    }

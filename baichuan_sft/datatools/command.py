@@ -11,21 +11,22 @@ from typing import Any
 
 import numpy as np
 
-from baichuan_sft.arguments import Parser, at_least_1, number
+from baichuan_sft.arguments import Parser
 from baichuan_sft.data import cache, files
+from baichuan_sft.data.arguments import DataArguments, add_options
 from baichuan_sft.data.check import Rules, examine
 from baichuan_sft.data.duplicates import Duplicates
-from baichuan_sft.data.files import ReadOptions
 from baichuan_sft.data.findings import DataFault, Finding
-from baichuan_sft.data.formats import FORMATS, Message
-from baichuan_sft.data.length import TRUNCATION
+from baichuan_sft.data.formats import Message
 from baichuan_sft.data.prepare import report_directory, rules_for, workers_for
 from baichuan_sft.data.reader import read_raw
 from baichuan_sft.data.sources import Source, parse_sources
-from baichuan_sft.data.survey import DOCUMENT, MAX_LISTED, FindingLog, Survey, layout_of, survey_file
-from baichuan_sft.data.template import TRAIN_ON
+from baichuan_sft.data.survey import MAX_LISTED, FindingLog, Survey, layout_of, survey_file
 from baichuan_sft.errors import UserError
 
+# Of DataArguments; the others are about training.
+SHARED = """data_format model_max_length truncation train_on on_error dedup merge_consecutive encoding
+    max_line_mib max_unpacked_gib allow_outside cache_dir preprocessing_num_workers""".split()
 EXAMPLE = """baichuan-sft data check data/belle_chat.json 'more/*.jsonl.gz' --output_dir check
   baichuan-sft data check train.jsonl --on-error skip --fix clean.jsonl --dedup
   baichuan-sft data prepare train.jsonl --tokenizer ~/models/Baichuan2-7B-Base --model_max_length 4096"""
@@ -49,21 +50,20 @@ def _parser() -> Parser:
     )
     commands = parser.add_subparsers(required=True, metavar="check|prepare", parser_class=_Command)
     checking = commands.add_parser("check", help="list every fault, and say what the files hold")
-    checking.set_defaults(run=check)
-    checking.add_argument(
-        "--output_dir", default="data_check", help="report.html, data_report.jsonl, rejected.jsonl"
-    )
+    checking.set_defaults(run=check, tokenizer=None)
+    checking.add_argument("--output_dir", default="data_check", help="of the reports; default data_check")
     checking.add_argument("--fix", metavar="OUT", help="write the good records, normalised, as JSON Lines")
-    checking.add_argument(
-        "--tokenizer", metavar="DIR", help="model directory or tokenizer.model: lengths in tokens"
-    )
+    checking.add_argument("--tokenizer", metavar="DIR", help="model or tokenizer.model: lengths in tokens")
     preparing = commands.add_parser(
-        "prepare", help="tokenise into the cache; train with the same flags uses it"
+        "prepare", help="tokenise; training with the same flags starts from there"
     )
     preparing.set_defaults(run=prepare)
     preparing.add_argument("--tokenizer", "--model_name_or_path", required=True, metavar="DIR")
     for command in (checking, preparing):
-        _add_common(command)
+        command.add_argument(
+            "paths", nargs="+", metavar="PATH", help="files, patterns, a YAML list of sources"
+        )
+        add_options(command, SHARED)
     return parser
 
 
@@ -72,48 +72,13 @@ class _Command(Parser):
         super().__init__(example=EXAMPLE, **options)
 
 
-def _add_common(parser: Parser) -> None:
-    parser.add_argument("paths", nargs="+", metavar="PATH", help="files, patterns, or a YAML list of sources")
-    parser.add_argument(
-        "--on_error", choices=["stop", "skip"], default="stop", help="skip: leave faults out (stop)"
-    )
-    parser.add_argument("--dedup", action="store_true", help="leave out exact duplicates")
-    parser.add_argument(
-        "--data_format", choices=[*FORMATS, DOCUMENT], help="default: told from each record's keys"
-    )
-    parser.add_argument("--model_max_length", type=at_least_1, default=512, metavar="T", help="tokens (512)")
-    parser.add_argument(
-        "--truncation", choices=list(TRUNCATION), default="cut_turns", help="too long (cut_turns)"
-    )
-    parser.add_argument("--train_on", choices=list(TRAIN_ON), default="all", help="answers learnt (all)")
-    parser.add_argument("--merge_consecutive", action="store_true", help="join turns of one role in a row")
-    parser.add_argument("--encoding", default="utf-8", help="of the files (utf-8)")
-    parser.add_argument(
-        "--max_line_mib", type=at_least_1, default=64, metavar="N", help="longest record (64)"
-    )
-    parser.add_argument(
-        "--max_unpacked_gib", type=at_least_1, default=64, metavar="N", help="of a .gz or .zst (64)"
-    )
-    parser.add_argument("--allow_outside", action="store_true", help="a YAML list may name files elsewhere")
-    parser.add_argument("--cache_dir", help="prepared data ($BAICHUAN_SFT_CACHE, else ~/.cache/baichuan_sft)")
-    parser.add_argument("--num_workers", type=at_least_1, metavar="N", help="processes (by size and cores)")
-    at_least_0 = number(int, "a whole number of at least 0", lambda n: n >= 0)
-    parser.add_argument("--seed", type=at_least_0, default=42, help="of what is drawn (42)")
-
-
-def rules_of(args: Any) -> Rules:
-    """The flags that decide what becomes of a record."""
-    reading = ReadOptions(
-        encoding=args.encoding, max_line=args.max_line_mib << 20, max_unpacked=args.max_unpacked_gib << 30
-    )
-    return Rules(
-        max_length=args.model_max_length,
-        train_on=args.train_on,
-        truncation=args.truncation,
-        data_format=args.data_format,
-        merge_consecutive=args.merge_consecutive,
-        reading=reading,
-    )
+def data_arguments(args: Any) -> DataArguments:
+    """The shared flags, checked as training checks them."""
+    for name in ("max_line_mib", "max_unpacked_gib", "preprocessing_num_workers"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} is {value}; it must be at least 1.")
+    return DataArguments(data_path=",".join(args.paths), **{name: getattr(args, name) for name in SHARED})
 
 
 # --- prepare --------------------------------------------------------------------------------------
@@ -135,18 +100,8 @@ def prepare(args: Any) -> int:
 def _build(args: Any, tokenizer: Any, report_dir: Path | None = None) -> Any:
     from baichuan_sft.data.dataset import build_dataset
 
-    return build_dataset(
-        args.paths,
-        tokenizer,
-        rules_of(args),
-        on_error=args.on_error,
-        dedup=args.dedup,
-        seed=args.seed,
-        cache_dir=args.cache_dir,
-        report_dir=report_dir,
-        num_workers=args.num_workers,
-        allow_outside=args.allow_outside,
-    )
+    flags = data_arguments(args)
+    return build_dataset(args.paths, tokenizer, flags.rules(), report_dir=report_dir, **flags.options())
 
 
 # --- check ----------------------------------------------------------------------------------------
@@ -192,10 +147,10 @@ def check(args: Any) -> int:
     sources = parse_sources(args.paths, allow_outside=args.allow_outside)
     directory = report_directory(args.output_dir)
     assert directory is not None
-    found = Check(rules_of(args), sources, directory)
+    found = Check(data_arguments(args).rules(), sources, directory)
     root = cache.cache_root(args.cache_dir)
     for which in range(len(sources)):
-        _survey(found, which, root, args.num_workers)
+        _survey(found, which, root, args.preprocessing_num_workers)
     found.copies, firsts = found.duplicates.copies()
     total = found.total
     usable = total.counts["read"] > total.counts["rejected"] and (

@@ -9,6 +9,8 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from baichuan_sft.data.arguments import DataArguments
+
 
 @dataclass
 class ModelArguments:
@@ -33,37 +35,6 @@ class ModelArguments:
         metadata={
             "help": "Full training only: parameters to keep as they are, shell patterns with commas between."
         },
-    )
-
-
-@dataclass
-class DataArguments:
-    """What it is trained on."""
-
-    _argument_group_name = "data"
-
-    data_path: str = field(metadata={"help": "Conversations: JSON array or JSONL files, commas between."})
-    data_format: str | None = field(default=None, metadata={"help": "Format of the records; default belle."})
-    model_max_length: int = field(
-        default=512, metadata={"help": "Longest conversation, tokens; the rest is cut."}
-    )
-    train_on: str = field(
-        default="all", metadata={"help": "Assistant turns that are learnt.", "choices": ["all", "last"]}
-    )
-    packing: bool = field(
-        default=True, metadata={"help": "Pack conversations into rows; they never see each other."}
-    )
-    packing_tokens: int | None = field(
-        default=None, metadata={"help": "Tokens of a packed row; default model_max_length."}
-    )
-    dev_ratio: float = field(
-        default=0.0, metadata={"help": "Share of the conversations that is held out for evaluation."}
-    )
-    eval_data_path: str | None = field(
-        default=None, metadata={"help": "Conversations for evaluation, in files of their own."}
-    )
-    cache_dir: str | None = field(
-        default=None, metadata={"help": "Where tokenised data is kept between runs."}
     )
 
 
@@ -168,6 +139,7 @@ REFUSED = {
     "the head computes the loss itself": "label_smoothing_factor use_liger_kernel",
     "the loss is the mean over all targets of an update": "average_tokens_across_devices",
     "the data's columns are fixed": "remove_unused_columns label_names length_column_name",
+    "a resumed run goes on where it stopped": "ignore_data_skip",
     "weights are split by DeepSpeed's ZeRO": "fsdp fsdp_config",
     "upload output_dir when it is complete": "push_to_hub hub_model_id hub_token hub_strategy",
 }
@@ -216,6 +188,9 @@ LIMITS = {
     "dataloader_num_workers": _number(0),
     "seed": _number(0),
     "model_max_length": _number(2),
+    "max_line_mib": _number(1),
+    "max_unpacked_gib": _number(1),
+    "preprocessing_num_workers": _number(1),
     "packing_tokens": _number(2),
     "dev_ratio": _number(0, high=1),
     "eval_steps": _number(0, strict=True),

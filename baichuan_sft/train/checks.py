@@ -32,6 +32,8 @@ def check_values(values: dict[str, Any], parser: argparse.ArgumentParser) -> Non
 
 def check_data(values: dict[str, Any], parser: argparse.ArgumentParser) -> None:
     """Packing and evaluation: what says something about neither is refused, the rest gets its default."""
+    if values["streaming"]:
+        check_streaming(values)
     longest = values["model_max_length"]
     if values["packing_tokens"] is None:
         values["packing_tokens"] = longest
@@ -58,3 +60,22 @@ def check_data(values: dict[str, Any], parser: argparse.ArgumentParser) -> None:
         raise UserError(f"--eval_steps {values['eval_steps']:g} needs --eval_strategy steps.")
     if values["per_device_eval_batch_size"] is None:
         values["per_device_eval_batch_size"] = values["per_device_train_batch_size"]
+
+
+def check_streaming(values: dict[str, Any]) -> None:
+    """What cannot be had of data that nobody has seen the end of."""
+    if values["max_steps"] < 1:
+        raise UserError("--streaming True has no end; say with --max_steps how many updates to take.")
+    impossible = {
+        "dev_ratio": "pass --eval_data_path",
+        "dedup": "run `baichuan-sft data check --dedup True --fix OUT` first",
+        "train_sampling_strategy": "the order is drawn while reading",
+        "dataloader_num_workers": "the place in the data would be unknown",
+    }
+    for name, way_out in impossible.items():
+        if values[name]:
+            raise UserError(f"--{name} {values[name]} is not possible with --streaming True: {way_out}.")
+    if values["eval_strategy"] is None and values["eval_data_path"]:
+        raise UserError(
+            "--eval_data_path with --streaming True needs --eval_strategy steps and --eval_steps."
+        )

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import glob
 import os
 from pathlib import Path
 from typing import Any
 
 from transformers import HfArgumentParser
 
+from baichuan_sft.data.sources import split_share
 from baichuan_sft.errors import EnvironmentFault, UserError, suggest
 from baichuan_sft.train import args as tables
 from baichuan_sft.train.args import Settings
@@ -195,11 +197,22 @@ def find_file(flag: str, path: str) -> str:
     raise UserError(f"--{flag} {path}: no such file in {' or '.join(places)}.")
 
 
+def _find_source(flag: str, word: str) -> str:
+    """``FILE[:WEIGHT][#COUNT]`` with the file as ``find_file`` finds it; patterns too."""
+    if os.path.exists(word):
+        return find_file(flag, word)
+    path, share = split_share(word)
+    for folder in (Path(), ROOT):
+        if glob.has_magic(path) and glob.glob(str(folder / path), recursive=True):
+            return f"{(folder / path).absolute()}{share}"
+    return f"{find_file(flag, path)}{share}"
+
+
 def _resolve_paths(values: dict[str, Any]) -> None:
     for flag in ("data_path", "eval_data_path"):
         if values[flag] is not None:
-            paths = [path.strip() for path in values[flag].split(",")]
-            values[flag] = ",".join(find_file(flag, path) for path in paths)
+            words = [word.strip() for word in values[flag].split(",")]
+            values[flag] = ",".join(_find_source(flag, word) for word in words)
     if values["deepspeed"]:
         values["deepspeed"] = find_file("deepspeed", values["deepspeed"])
     try:

@@ -11,6 +11,7 @@ from typing import Any
 
 from baichuan_sft.errors import UserError
 from baichuan_sft.train.args import Settings, SftTrainingArguments
+from baichuan_sft.train.inputs import Inputs, read_inputs, require_same_data
 from baichuan_sft.train.parse import parse
 from baichuan_sft.train.processes import processes
 from baichuan_sft.train.progress import say
@@ -23,16 +24,17 @@ def main(argv: list[str] | None = None) -> int:
         exit code 0; everything else is raised.
     """
     settings = parse(sys.argv[1:] if argv is None else argv)
+    # Before the group exists: no rank waits in it while another tokenises for an hour.
+    inputs = read_inputs(settings)
     with processes(settings):
-        train(settings)
+        train(settings, inputs)
     return 0
 
 
-def train(settings: Settings) -> None:
+def train(settings: Settings, inputs: Inputs) -> None:
     """One run, from files to files; every rank calls it."""
     from transformers import set_seed
 
-    from baichuan_sft.checkpoint import check_vocabulary, load_config, load_tokenizer
     from baichuan_sft.train.rows import lay_out
     from baichuan_sft.train.trainer import FactsCollator, SftTrainer
 
@@ -41,19 +43,18 @@ def train(settings: Settings) -> None:
     for notice in settings.notices:
         say(notice)
     set_seed(args.seed)
-    base = settings.model.model_name_or_path
-    config, tokenizer = load_config(base), load_tokenizer(base)
-    check_vocabulary(base, config, tokenizer)
-    segments, held_out, report = read_data(settings, args, tokenizer)
+    require_same_data(inputs)
+    held_out = inputs.held_out
     trainer = SftTrainer(
         model=build_model(settings, args),
         args=args,
-        train_dataset=lay_out(settings, args, segments),
+        train_dataset=lay_out(settings, args, inputs.train),
         eval_dataset=None if held_out is None else lay_out(settings, args, held_out, evaluate=True),
-        data_collator=FactsCollator(tokenizer.pad_token_id),
-        processing_class=tokenizer,
-        record=run_record(settings, args, tokenizer, report),
+        data_collator=FactsCollator(inputs.tokenizer.pad_token_id),
+        processing_class=inputs.tokenizer,
+        record=run_record(settings, args, inputs),
         check_reload=settings.model.check_reload,
+        sources=inputs.sources,
     )
     fit(trainer, settings)
     trainer.save_model()
@@ -94,31 +95,6 @@ def quieten_bars() -> None:
 # --- arguments, model -------------------------------------------------------------------------------
 
 
-def read_data(settings: Settings, args: Any, tokenizer: Any) -> tuple[Any, Any, Any]:
-    """The tokenised conversations, those held out or None, and the report, which the log shows."""
-    from baichuan_sft.data.dataset import build_dataset
-    from baichuan_sft.train.rows import as_segments, plan_seed, split
-
-    data = settings.data
-    options: dict[str, Any] = dict(
-        max_length=data.model_max_length,
-        train_on=data.train_on,
-        data_format=data.data_format,
-        cache_dir=data.cache_dir,
-    )
-    held_out = None
-    # One rank of each host builds, the others find it in the cache; and it is the one whose errors are shown.
-    with args.main_process_first(local=True, desc="reading the data"):
-        dataset, report = build_dataset(data.data_path, tokenizer, **options)
-        if data.eval_data_path:
-            held_out, held_out_report = build_dataset(data.eval_data_path, tokenizer, **options)
-            say(f"held-out data: {held_out_report}")
-    say(f"data: {report}")
-    if data.dev_ratio:
-        dataset, held_out = split(dataset, data.dev_ratio, plan_seed(args))
-    return as_segments(dataset), held_out and as_segments(held_out), report
-
-
 def zero_stage(path: str | None) -> int:
     """ZeRO stage of a DeepSpeed configuration file; 0 without one.
 
@@ -149,6 +125,7 @@ def training_arguments(settings: Settings) -> SftTrainingArguments:
         UserError: values that transformers or DeepSpeed do not take together.
     """
     values = dict(settings.training, remove_unused_columns=False)
+    values["ignore_data_skip"] = settings.data.streaming  # a stream goes on where it was
     if values["ddp_find_unused_parameters"] is None:
         values["ddp_find_unused_parameters"] = False  # there are none, and looking for them costs a pass
     _choose_checkpointing(values, zero_stage(values["deepspeed"]))
@@ -231,7 +208,7 @@ def prepare_generation(model: Any) -> None:
 # --- record -----------------------------------------------------------------------------------------
 
 
-def run_record(settings: Settings, args: Any, tokenizer: Any, report: Any) -> Any:
+def run_record(settings: Settings, args: Any, inputs: Inputs) -> Any:
     """The facts of this run that its result carries."""
     from baichuan_sft.train.record import RunRecord, sha256
 
@@ -239,12 +216,12 @@ def run_record(settings: Settings, args: Any, tokenizer: Any, report: Any) -> An
     facts = {
         "command": sys.argv,
         "model": dataclasses.asdict(settings.model),
-        "data": {**dataclasses.asdict(settings.data), "report": report.to_dict()},
+        "data": {**dataclasses.asdict(settings.data), "report": inputs.report},
         "lora": dataclasses.asdict(settings.lora),
         "training": args.to_dict(),
         "world_size": args.world_size,
-        "data_sha256": {path: sha256(path) for path in settings.data.data_path.split(",")},
-        "tokenizer_sha256": sha256(tokenizer.vocab_file),
+        "data_sha256": {source["path"]: source.get("sha256") for source in inputs.report["sources"]},
+        "tokenizer_sha256": sha256(inputs.tokenizer.vocab_file),
     }
     return RunRecord(args.output_dir, facts)
 

@@ -7,6 +7,7 @@ all micro-batches of an update and all ranks.
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import sys
 import time
@@ -23,12 +24,13 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from baichuan_sft.checkpoint import is_adapter, load_model, verify
 from baichuan_sft.data.packing import NO_ITEM, Collator, PackedDataset
+from baichuan_sft.data.streaming import StreamingRows
 from baichuan_sft.data.template import IGNORE
 from baichuan_sft.errors import CheckpointFault, NumericalFault
+from baichuan_sft.train.inputs import stream_file
 from baichuan_sft.train.order import RowOrder, SetEpoch
 from baichuan_sft.train.progress import LogLines, ProgressBar
 from baichuan_sft.train.record import RunRecord
-from baichuan_sft.train.rows import plan_seed
 
 CAUSES = "Likely causes: too high a learning rate, fp16 overflow (use bf16), or damaged weights."
 # Of the largest logit: what another device and kernel round differently, TF32's 10 bits included.
@@ -40,7 +42,7 @@ PROBE_TOKENS = 16
 class BatchFacts:
     """What a batch is told by, counted before it goes to a GPU: asking there would wait for the GPU."""
 
-    items: list[int]
+    items: list[tuple[int, int]]  # number of the file, and of the record in it
     num_computed: int
     num_real: int
     num_targets: int
@@ -53,7 +55,7 @@ class FactsCollator(Collator):
         batch: dict[str, Any] = super().__call__(rows)
         segments = [segment for row in rows for segment in row if segment["item"] != NO_ITEM]
         batch["facts"] = BatchFacts(
-            items=[int(segment["item"]) for segment in segments],
+            items=[(int(segment["source"]), int(segment["item"])) for segment in segments],
             num_computed=batch["input_ids"].numel(),
             num_real=sum(len(segment["input_ids"]) for segment in segments),
             num_targets=int((batch["labels"][:, 1:] != IGNORE).sum()),
@@ -68,18 +70,24 @@ class SftTrainer(Trainer):
         train_dataset, eval_dataset: rows; which of them a batch takes is decided by ``RowOrder``.
         record: written beside every save.
         check_reload: load the first save again, on the CPU, and compare its logits.
+        sources: names of the data files, by number.
     """
 
-    def __init__(self, *, record: RunRecord, check_reload: bool, **kwargs: Any) -> None:
+    def __init__(self, *, record: RunRecord, check_reload: bool, sources: list[str], **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.record = record
+        self.sources = sources
         self.check_reload = check_reload
-        self.items_of_update: list[int] = []
+        self.items_of_update: list[tuple[int, int]] = []
         # computed, real, target tokens since the last log, this rank
         self.counts = torch.zeros(3, dtype=torch.float64)
         self.counted_since = time.monotonic()
-        self.order = self._order(kwargs["train_dataset"], self.args.per_device_train_batch_size)
-        self.add_callback(SetEpoch(self.order))
+        dataset = kwargs["train_dataset"]
+        if isinstance(dataset, StreamingRows):
+            self.add_callback(SaveStream(dataset))
+        else:
+            self.order = self._order(dataset, self.args.per_device_train_batch_size)
+            self.add_callback(SetEpoch(self.order))
         for callback in (ProgressCallback, PrinterCallback):
             self.remove_callback(callback)
         bar = sys.stderr.isatty() and not self.args.disable_tqdm
@@ -94,7 +102,7 @@ class SftTrainer(Trainer):
         options = {
             "accumulation": args.gradient_accumulation_steps,
             "strategy": args.train_sampling_strategy,
-            "seed": plan_seed(args),
+            "seed": args.seed if args.data_seed is None else args.data_seed,
             **options,
         }
         ranks = {"world_size": args.world_size, "rank": args.process_index}
@@ -116,6 +124,9 @@ class SftTrainer(Trainer):
         )
 
     def get_train_dataloader(self):
+        if isinstance(self.train_dataset, StreamingRows):
+            size = self.args.per_device_train_batch_size
+            return DataLoader(self.train_dataset, batch_size=size, collate_fn=self.data_collator)
         return self._loader(self.train_dataset, self.order)
 
     def get_eval_dataloader(self, eval_dataset=None):
@@ -146,9 +157,12 @@ class SftTrainer(Trainer):
         return super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
 
     def _stop(self, step: int, what: str) -> None:
+        items: dict[str, list[str]] = {}
+        for source, item in self.items_of_update:
+            items.setdefault(self.sources[source], []).append(str(item))
+        records = "; ".join(f"{path} item {', '.join(numbers)}" for path, numbers in items.items())
         raise NumericalFault(
-            f"step {step}, rank {self.args.process_index}: {what}; records (0-based, "
-            f"over all files) {', '.join(map(str, self.items_of_update))}. "
+            f"step {step}, rank {self.args.process_index}: {what}; records (0-based) {records}. "
             f"Nothing was saved after the last checkpoint. {CAUSES}"
         )
 
@@ -258,6 +272,17 @@ class SftTrainer(Trainer):
                 f"{path}: the reloaded model's logits differ from the live ones by {gap:.2g}, more than "
                 f"{tolerance:.2g}; the saved weights are not the trained ones."
             )
+
+
+class SaveStream(TrainerCallback):
+    """Keeps in every checkpoint how far each rank has read."""
+
+    def __init__(self, rows: StreamingRows) -> None:
+        self.rows = rows
+
+    def on_save(self, args, state, control, **kwargs):
+        file = stream_file(Path(args.output_dir) / f"checkpoint-{state.global_step}", args.process_index)
+        file.write_text(json.dumps(self.rows.state_dict()))
 
 
 class Stage0Norm(TrainerCallback):
