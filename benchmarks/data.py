@@ -72,7 +72,7 @@ def check(source: Path, size: int) -> None:
         broken = write_lines(source, path, size, seed=1)
         before = cpu_seconds()
         command = [sys.executable, "-m", "baichuan_sft.cli", "data", "check", path, "--output_dir", out]
-        command += ["--num_workers", 1, "--cache_dir", Path(directory, "cache")]
+        command += ["--preprocessing_num_workers", 1, "--cache_dir", Path(directory, "cache")]
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
         seconds = cpu_seconds() - before
         report = [json.loads(line) for line in (out / "data_report.jsonl").read_text().splitlines()]

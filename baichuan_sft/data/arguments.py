@@ -106,6 +106,17 @@ def add_options(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:
         )
 
 
+def with_truth(words: list[str]) -> list[str]:
+    """The words with "True" after each flag that stands alone: what follows it may be a file."""
+    flags = {f"--{name}" for name, hint in get_type_hints(DataArguments).items() if hint is bool}
+    result = []
+    for word, following in zip(words, [*words[1:], ""]):
+        result.append(word)
+        if word.replace("-", "_").replace("__", "--", 1) in flags and following.lower() not in TRUE + FALSE:
+            result.append("True")
+    return result
+
+
 def _truth(text: str) -> bool:
     if text.lower() not in TRUE + FALSE:
         raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")

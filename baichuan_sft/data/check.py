@@ -144,7 +144,8 @@ def examine(
 def _count_good(found: Examined, item: int, letters: str, texts: list[str]) -> None:
     """Take down one good record; ``letters`` are the first ones of its roles."""
     text = "\x1e".join([letters, *texts])
-    found.hashes.append(xxhash.xxh3_64_intdigest(text.encode()))
+    # UTF-16 is how Python holds Chinese: a copy, where UTF-8 would be work.
+    found.hashes.append(xxhash.xxh3_64_intdigest(text.encode("utf-16-le")))
     found.items.append(item)
     found.characters.append(len(text) - len(letters) - len(texts))
     if item % LANGUAGE_SAMPLE == 0:

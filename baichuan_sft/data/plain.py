@@ -55,6 +55,7 @@ class PlainReader:
     def __init__(self, data_format: str | None) -> None:
         names = ("belle", "messages") if data_format is None else (data_format,)
         self.lanes = [(name, *LANES[name]) for name in names if name in LANES]
+        self.lane = self.lanes[0] if self.lanes else None
         self.shapes: dict[tuple[str, ...], Shape | None] = {}
         self.counts: Counter[Shape] = Counter()
 
@@ -64,7 +65,9 @@ class PlainReader:
             return None
         try:
             raw = orjson.loads(data)
-            name, key, role, text = next(lane for lane in self.lanes if lane[1] in raw)
+            if self.lane is None or self.lane[1] not in raw:  # files are of one format, so this is rare
+                self.lane = next(lane for lane in self.lanes if lane[1] in raw)
+            name, key, role, text = self.lane
             turns = raw[key]
             if len(raw) > 2 or (len(raw) == 2 and type(raw.get("id")) not in (str, int)):
                 return None
@@ -72,7 +75,9 @@ class PlainReader:
             texts = [turn[text] for turn in turns]
             # Each key has one colon, the texts have theirs: one more, and some key was given twice.
             colons = len(raw) + 2 * len(turns) + "".join(texts).count(":")
-            if sum(map(len, turns)) != 2 * len(turns) or data.count(b":") != colons or b"\\u003" in data:
+            if sum(map(len, turns)) != 2 * len(turns) or data.count(b":") != colons:
+                return None
+            if b"\\" in data and b"\\u003" in data:  # the first is quicker, and mostly the end of it
                 return None
             shape = self.shapes[written] if written in self.shapes else self._learn(name, written)
         except (orjson.JSONDecodeError, KeyError, TypeError, StopIteration):

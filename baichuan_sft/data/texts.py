@@ -47,7 +47,9 @@ def _part(part: Any) -> str:
 def clean(texts: list[str]) -> bool:
     """True if ``inspect`` would find nothing in any of them."""
     joined = "".join(texts)
-    return "<" not in joined and all(map(str.strip, texts)) and _printable(joined)
+    if "<" in joined or "" in texts or any(map(str.isspace, texts)):
+        return False
+    return _printable(joined)
 
 
 def _printable(text: str) -> bool:

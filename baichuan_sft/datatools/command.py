@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -13,7 +14,7 @@ import numpy as np
 
 from baichuan_sft.arguments import Parser
 from baichuan_sft.data import cache, files
-from baichuan_sft.data.arguments import DataArguments, add_options
+from baichuan_sft.data.arguments import DataArguments, add_options, with_truth
 from baichuan_sft.data.check import Rules, examine
 from baichuan_sft.data.duplicates import Duplicates
 from baichuan_sft.data.findings import DataFault, Finding
@@ -40,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     Raises:
         UserError: wrong options or paths.
     """
-    args = _parser().parse_args(argv)
+    args = _parser().parse_args(with_truth(sys.argv[1:] if argv is None else argv))
     return args.run(args)
 
 
