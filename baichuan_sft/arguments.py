@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 from baichuan_sft.errors import UserError, suggest
@@ -34,11 +34,19 @@ class Parser(argparse.ArgumentParser):
         words = sys.argv[1:] if args is None else args
         namespace, unknown = self.parse_known_args([_underscored(word) for word in words], namespace)
         if unknown:
-            known = [option for action in self._actions for option in action.option_strings]
+            known = list(self._options())
             word = unknown[0].split("=")[0]
             kind = "flag" if word.startswith("-") else "argument"
             raise UserError(f"unknown {kind} {word}{suggest(word, known) or ','} see --help.")
         return namespace
+
+    def _options(self) -> Iterator[str]:
+        """All flags, those of subcommands too."""
+        for action in self._actions:
+            yield from action.option_strings
+            if isinstance(action, argparse._SubParsersAction):
+                for parser in action.choices.values():
+                    yield from parser._options()
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see --help.")

@@ -127,10 +127,10 @@ def test_error_is_a_finding_with_its_place(build, tmp_path):
 
 def test_nothing_left_names_the_way_out(build, tmp_path):
     path = write(tmp_path / "x.json", [pair("，，，，", "b"), pair("，，", "b")])
-    words = r"max_length 3 .* the shortest prompt is 4 tokens\. Pass a --model_max_length above 4"
+    words = r"max_length 3 .* the shortest prompt is 4 tokens\. Pass a --model_max_length of at least 6"
     with pytest.raises(UserError, match=words):
         build([path], max_length=3)
-    assert build([path], max_length=5).report.total("used") == 1
+    assert build([path], max_length=6).report.total("used") == 1
 
 
 def test_the_report_refuses_wrong_sums():
@@ -422,7 +422,7 @@ def test_large_data_is_split_into_shards(build, tmp_path, monkeypatch):
 def test_leftovers_of_a_killed_build_do_no_harm(build, tmp_path):
     build([CHAT])
     (entry,) = (tmp_path / "cache").glob("*/survey.json")
-    entry.parent.rename(entry.parent.with_suffix(".tmp"))
+    entry.parent.rename(entry.parent.with_suffix(".x.tmp"))
     assert build([CHAT]).report.total("used") == 70
     assert not list((tmp_path / "cache").glob("*.tmp"))
 
@@ -517,6 +517,114 @@ def test_full_disk_is_named_and_leaves_nothing(build, tmp_path, monkeypatch):
     with pytest.raises(EnvironmentFault, match="No space left on device; set BAICHUAN_SFT_CACHE"):
         build([CHAT])
     assert prepared(tmp_path / "cache") == []
+
+
+def test_two_mixes_with_a_file_in_common_do_not_disturb_each_other(tokenizer, tmp_path):
+    """Started together, both prepare the shared file: one does, the other takes what it left."""
+    shared = tmp_path / "shared.jsonl"
+    shared.write_text("".join(json.dumps(pair(f"问{i}", "答" * 9)) + "\n" for i in range(3000)))
+    mixes = [[shared], [shared, CHAT], [LINES, shared], [CHAT, shared, LINES]]
+    context = multiprocessing.get_context("fork")
+    results, barrier = context.Queue(), context.Barrier(len(mixes))
+
+    def work(paths):
+        barrier.wait()
+        data = build_dataset(paths, tokenizer, Rules(), cache_dir=tmp_path / "cache")
+        results.put(np.bincount(data.train.sources)[paths.index(shared)])
+
+    processes = [context.Process(target=work, args=(paths,)) for paths in mixes]
+    for process in processes:
+        process.start()
+    assert [results.get(timeout=60) for _ in mixes] == [3000] * len(mixes)
+    for process in processes:
+        process.join()
+    assert len(prepared(tmp_path / "cache")) == 3
+
+
+def test_two_files_of_one_content(build, tmp_path):
+    for name in ("a", "b"):
+        write(tmp_path / f"{name}.json", [pair("a", "b")])
+    data = build([tmp_path / "a.json", tmp_path / "b.json"])
+    assert data.train.sources.tolist() == [0, 1] and data.report.total("duplicates") == 1
+
+
+def test_the_suffix_that_decides_the_layout_is_in_the_key(build, tmp_path):
+    for name in ("x.jsonl", "x.txt"):
+        (tmp_path / name).write_text('{"text": "甲"}\n{"text": "乙"}\n')
+    ids = [
+        rows(build([tmp_path / name], data_format="text").train, "input_ids") for name in ("x.jsonl", "x.txt")
+    ]
+    assert len(ids[0][0]) < len(ids[1][0])  # of one the braces are text
+
+
+def test_damaged_shards_are_refused(build, tmp_path):
+    build([CHAT])
+    (shard,) = (tmp_path / "cache").glob("*/data-00000.arrow")
+    shard.unlink()
+    with pytest.raises(EnvironmentFault, match="damaged data in the cache; delete this directory"):
+        build([CHAT])
+
+
+def test_who_waits_does_not_wait_for_ever(build, monkeypatch):
+    monkeypatch.setattr(prepare, "PATIENCE", 0.5)
+    assert len(build([CHAT], wait=True).train) == 70  # nobody was at work, so it did the work
+
+
+def test_a_cache_that_can_only_be_read_is_enough(build, tmp_path, monkeypatch):
+    build([CHAT])
+
+    def refuse(*args, **options):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(cache.os, "replace", refuse)
+    monkeypatch.setattr(prepare, "FileLock", refuse)
+    assert len(build([CHAT]).train) == 70
+
+
+def test_what_counts_as_a_duplicate(build, tmp_path):
+    untrained = pair("a", "b")
+    untrained["conversations"] += pair("c", "d")["conversations"]
+    trained = json.loads(json.dumps(untrained))
+    untrained["conversations"][1]["train"] = False
+    records = [pair("a\x1eb", "c"), pair("a", "b\x1ec"), trained, untrained]
+    assert build([write(tmp_path / "x.json", records)]).report.total("duplicates") == 0
+
+
+def test_reports_are_complete_where_a_file_is_missing(build, tmp_path):
+    paths = [write(tmp_path / "x.json", [None]), tmp_path / "none.json"]
+    with pytest.raises(DataFault, match=r"(?s)2 faults.*x\.json:1.*none\.json: no such file"):
+        build(paths, report_dir=tmp_path / "out")
+    written = [json.loads(line) for line in (tmp_path / "out" / "data_report.jsonl").read_text().splitlines()]
+    assert [entry["code"] for entry in written] == ["DATA010", "DATA001"]
+    with pytest.raises(DataFault, match="DATA001"):  # a wrong name is no record to leave out
+        build(paths, on_error="skip")
+
+
+def test_an_empty_file_can_be_skipped(build, tmp_path):
+    empty = tmp_path / "empty.json"
+    empty.touch()
+    assert len(build([empty, CHAT], on_error="skip", report_dir=tmp_path / "out").train) == 70
+    assert "DATA004" in (tmp_path / "out" / "data_report.jsonl").read_text()
+    with pytest.raises(UserError, match="none of the files can be read"):
+        build([empty], on_error="skip")
+
+
+def test_a_report_never_replaces_what_is_read(build, tmp_path):
+    path = tmp_path / "out" / "rejected.jsonl"
+    path.parent.mkdir()
+    write(path, [pair("a", "b")])
+    with pytest.raises(
+        UserError, match=r"rejected\.jsonl is where the report goes; pass another --output_dir"
+    ):
+        build([path], report_dir=tmp_path / "out")
+    assert path.exists()
+
+
+def test_a_share_of_nothing_is_named(build, tmp_path):
+    path = write(tmp_path / "x.json", [pair("，" * 99, "b")])
+    for share in (":1", "#5"):
+        with pytest.raises(UserError, match=r"x\.json: none of its records can be used, so it has no share"):
+            build(f"{CHAT}{share},{path}{share}", max_length=64)
 
 
 def test_rules_decide_the_key(build, tmp_path):

@@ -6,6 +6,7 @@ from itertools import islice
 
 import numpy as np
 import pytest
+import torch
 from fixtures import SMALL_VOCABULARY
 
 from baichuan_sft.data.check import Rules
@@ -92,7 +93,7 @@ def test_a_resumed_stream_goes_on_exactly(sources, capacity, taken):
 
 def test_another_setting_does_not_resume(sources):
     state = stream(sources).state_dict()
-    for other in ({"world_size": 2}, {"seed": 4}, {"capacity": 32}):
+    for other in ({"world_size": 2}, {"seed": 4}, {"capacity": 32}, {"window": 41}):
         with pytest.raises(
             UserError, match=f"the stream was saved with {next(iter(other))} .* resume with the same"
         ):
@@ -120,3 +121,29 @@ def test_a_source_without_a_record_is_refused(tmp_path):
     bad.write_text("{}\n")
     with pytest.raises(UserError, match=r"y\.jsonl.*no record can be used"):
         list(islice(stream([Source(str(bad))], on_error="skip"), 1))
+
+
+def test_other_files_or_rules_do_not_resume(sources, tmp_path):
+    state = stream(sources).state_dict()
+    with pytest.raises(UserError, match="the stream was saved with rules"):
+        StreamingRows(sources, TOKENIZER, Rules(max_length=32), capacity=64, window=40, seed=3, state=state)
+    with open(sources[0].path, "a") as file:
+        file.write("\n")
+    with pytest.raises(UserError, match=r"the stream was saved with files .*a\.jsonl"):
+        stream(sources, state=state)
+
+
+def test_documents_stream_and_counts_do_not(tmp_path):
+    path = tmp_path / "x.txt"
+    path.write_text("一二三四五六")
+    rules = Rules(max_length=64, data_format="document")
+    rows = StreamingRows([Source(str(path))], TOKENIZER, rules, capacity=64, window=4)
+    assert next(iter(rows))[0]["item"] == 0
+    with pytest.raises(UserError, match=r"x\.txt#5: a stream is endless; give weights, not counts"):
+        stream([Source(str(path), samples=5)])
+
+
+def test_a_loader_with_workers_is_refused(sources):
+    loader = torch.utils.data.DataLoader(stream(sources), batch_size=None, num_workers=1)
+    with pytest.raises(UserError, match="--dataloader_num_workers 0"):
+        next(iter(loader))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -10,11 +11,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from baichuan_sft.data.findings import DataFault, Finding
 from baichuan_sft.data.progress import Progress
 from baichuan_sft.errors import EnvironmentFault
 
 BLOCK = 4 << 20
+LARGE = 64 << 20  # bytes; hashing takes a noticeable part of a second
 RACY_SECONDS = 2  # a file may be written twice within one tick of its clock
 
 
@@ -55,19 +59,27 @@ def identity(path: str, root: Path) -> Identity:
         DataFault: the file is not the one that ``data check`` found good, or changes while it is read.
     """
     memo = _memo(path, root)
+    if os.path.getsize(path) > LARGE:
+        with contextlib.suppress(OSError), FileLock(f"{memo}.lock"):  # one process hashes, the others read
+            return _identity(path, memo)
+    return _identity(path, memo)
+
+
+def _identity(path: str, memo: Path) -> Identity:
     last = _read(memo)
     found = _stat(path)
     if last and found == {name: last.get(name) for name in found}:
-        return Identity(**found, sha256=last["sha256"])
-    state = Identity(**found, sha256=_sha256(path))
+        return Identity(path, **found, sha256=last["sha256"])
+    state = Identity(path, **found, sha256=_sha256(path))
     require_unchanged(state, hashed=True)
     pinned = (last or {}).get("checked")
     if pinned and pinned["sha256"] != state.sha256:
         then, now = pinned["sha256"][:12], state.sha256[:12]
         what = f"({pinned['time']}: sha256 {then}, now {now}); run `baichuan-sft data check {path}` again"
         raise _changed(path, what)
-    if time.time_ns() - state.mtime_ns > RACY_SECONDS * 10**9:
-        _write(memo, {**asdict(state), "checked": pinned})
+    if abs(time.time_ns() - state.mtime_ns) > RACY_SECONDS * 10**9:
+        with contextlib.suppress(EnvironmentFault):  # of a cache that can only be read
+            _write(memo, {**asdict(state), "checked": pinned})
     return state
 
 
@@ -79,7 +91,10 @@ def pin(state: Identity, root: Path) -> None:
 
 def unpin(path: str, root: Path) -> None:
     """Forget what was checked: the file is going to be checked again."""
-    _memo(path, root).unlink(missing_ok=True)
+    try:
+        _memo(path, root).unlink(missing_ok=True)
+    except OSError as error:
+        raise no_cache(root, error) from error
 
 
 def require_unchanged(state: Identity, *, hashed: bool = False) -> None:
@@ -118,7 +133,7 @@ def _stat(path: str) -> dict[str, Any]:
     if os.path.isdir(path):
         found += [entry.stat() for entry in os.scandir(path)]
     size, newest = sum(stat.st_size for stat in found), max(stat.st_mtime_ns for stat in found)
-    return {"path": path, "size": size, "mtime_ns": newest, "inode": found[0].st_ino}
+    return {"size": size, "mtime_ns": newest, "inode": found[0].st_ino}
 
 
 def _sha256(path: str) -> str:

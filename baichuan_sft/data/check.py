@@ -10,6 +10,7 @@ import re
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -22,6 +23,7 @@ from baichuan_sft.data.findings import Finding, RecordFault
 from baichuan_sft.data.formats import Message
 from baichuan_sft.data.plain import PlainReader
 from baichuan_sft.data.reader import RawRecord
+from baichuan_sft.errors import EnvironmentFault
 
 T = TypeVar("T")
 
@@ -130,7 +132,7 @@ def examine(
         for note in notes:
             _note(found, reader.locate(record, note, path))
         good.append((record, messages))
-        letters = "".join([message.role[0] for message in messages])
+        letters = "".join([role[0] if train else "x" for role, _, train in messages])
         _count_good(found, record.item, letters, [message.text for message in messages])
     if plain:
         found.counts.update(plain.tally())
@@ -144,13 +146,15 @@ def examine(
 def _count_good(found: Examined, item: int, letters: str, texts: list[str]) -> None:
     """Take down one good record; ``letters`` are the first ones of its roles."""
     text = "\x1e".join([letters, *texts])
+    if text.count("\x1e") != len(texts):  # the separator in a text: say where each ends
+        text = f"{list(map(len, texts))}{text}"
     # UTF-16 is how Python holds Chinese: a copy, where UTF-8 would be work.
     found.hashes.append(xxhash.xxh3_64_intdigest(text.encode("utf-16-le")))
     found.items.append(item)
-    found.characters.append(len(text) - len(letters) - len(texts))
+    found.characters.append(sum(map(len, texts)))
     if item % LANGUAGE_SAMPLE == 0:
         for name, script in SCRIPTS.items():
-            found.counts[f"letters:{name}"] += len(script.findall(text, len(letters)))
+            found.counts[f"letters:{name}"] += len(script.findall("".join(texts)))
 
 
 def _reject(found: Examined, record: RawRecord, path: str, fault: RecordFault) -> None:
@@ -238,12 +242,18 @@ def in_order(function: Callable[..., T], work: Iterable[Any], num_workers: int, 
     context = multiprocessing.get_context("spawn")  # a fork would copy the locks of running threads
     with ProcessPoolExecutor(num_workers, context, initializer=_remember, initargs=(function, args)) as pool:
         running: deque[Future[T]] = deque()
-        for piece in work:
-            running.append(pool.submit(_call, piece))
-            if len(running) > 2 * num_workers:
+        try:
+            for piece in work:
+                running.append(pool.submit(_call, piece))
+                if len(running) > 2 * num_workers:
+                    yield running.popleft().result()
+            while running:
                 yield running.popleft().result()
-        while running:
-            yield running.popleft().result()
+        except BrokenProcessPool:
+            way_out = "out of memory? --preprocessing_num_workers 1 takes the least"
+            raise EnvironmentFault(
+                f"a process that reads the data was ended from outside; {way_out}"
+            ) from None
 
 
 _job: tuple[Callable[..., Any], tuple[Any, ...]]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 
 from baichuan_sft.data import cache, formats, length, template
 from baichuan_sft.data.check import Rules
-from baichuan_sft.data.prepare import Entry, entries_of, prepare, report_directory, survey_of
+from baichuan_sft.data.prepare import Entry, entries_of, prepare, report_directory
 from baichuan_sft.data.report import DataReport, SourceReport
 from baichuan_sft.data.sources import mix, parse_sources
 from baichuan_sft.data.survey import DOCUMENT, Survey
@@ -75,11 +74,14 @@ def build_dataset(
     if not 0 <= dev_ratio < 1:
         raise UserError(f"dev_ratio is {dev_ratio}; expected a share, at least 0 and below 1")
     root = cache.cache_root(cache_dir)
-    reports = report_directory(report_dir)
-    entries = entries_of(parse_sources(paths, allow_outside=allow_outside), tokenizer, rules, root, reports)
-    while wait and not all(entry.directory.exists() for entry in entries):
-        time.sleep(0.2)
-    prepare(entries, tokenizer, root, on_error, reports, num_workers)
+    sources = parse_sources(paths, allow_outside=allow_outside)
+    reports = report_directory(report_dir, sources)
+    entries = entries_of(sources, tokenizer, rules, root)
+    options: dict[str, Any] = {"report_dir": reports, "num_workers": num_workers, "wait": wait}
+    prepare(entries, tokenizer, root, on_error=on_error, **options)
+    entries = [entry for entry in entries if not entry.faults]
+    if not entries:
+        raise UserError("none of the files can be read, nothing was trained")
     data = _choose(entries, dedup=dedup, dev_ratio=dev_ratio, seed=seed)
     if not len(data.train):
         raise _nothing_left(data.report, entries)
@@ -90,6 +92,10 @@ def build_dataset(
 
 def _choose(entries: list[Entry], *, dedup: bool, dev_ratio: float, seed: int) -> Data:
     """Duplicates, shares of a mix and held-out records: all a choice of rows of the prepared segments."""
+    surveys = [entry.survey() for entry in entries]
+    total = Survey()
+    for found in surveys:
+        total.merge(found)
     everything = TokenDataset([entry.directory for entry in entries])
     first = everything.records()  # (R,) first segment of each record
     source_of, content = everything.sources[first], everything.hashes[first]
@@ -97,9 +103,13 @@ def _choose(entries: list[Entry], *, dedup: bool, dev_ratio: float, seed: int) -
     is_copy[np.unique(content, return_index=True)[1]] = False
     offered = np.flatnonzero(~is_copy) if dedup else np.arange(len(first))
     of_source = [offered[source_of[offered] == number] for number in range(len(entries))]
+    for entry, rows in zip(entries, of_source, strict=True):
+        if not len(rows) and (entry.source.weight is not None or entry.source.samples is not None):
+            raise UserError(
+                f"{entry.source.path}: none of its records can be used, so it has no share in a mix"
+            )
     drawn = mix([entry.source for entry in entries], [len(rows) for rows in of_source], seed)
     chosen = [rows[picked] for rows, picked in zip(of_source, drawn, strict=True)]
-    surveys = [survey_of(entry) for entry in entries]
     tokens_of = np.add.reduceat(everything.lengths, first) if len(first) else np.empty(0, np.int64)
     reports = [
         _report_source(
@@ -112,10 +122,7 @@ def _choose(entries: list[Entry], *, dedup: bool, dev_ratio: float, seed: int) -
     train = everything.select(_segments_of(used[~held_out], first, len(everything)))
     dev_rows = np.unique(used[held_out])  # what is repeated to be learnt is asked once
     dev = everything.select(_segments_of(dev_rows, first, len(everything))) if dev_ratio else None
-    total = Survey()
-    for found in surveys:
-        total.merge(found)
-    return Data(train, dev, DataReport.of(reports, total, train, dev, entries[0].rules))
+    return Data(train, dev, DataReport.of(reports, total, train, dev, [entry.rules for entry in entries]))
 
 
 def _report_source(
@@ -131,8 +138,8 @@ def _report_source(
     dropped = int(copies.sum()) if dedup else 0
     counts = found.counts
     return SourceReport(
-        path=entry.state.path,
-        sha256=entry.state.sha256,
+        path=entry.source.path,
+        sha256=entry.state.sha256 if entry.state else "",
         read=counts["read"],
         used=len(distinct),
         rejected=counts["rejected"],
@@ -164,7 +171,7 @@ def _hold_out(content: np.ndarray, ratio: float, seed: int) -> np.ndarray:
     if not ratio or not len(content):
         return np.zeros(len(content), bool)
     with np.errstate(over="ignore"):
-        key = (content ^ np.uint64(seed)) * np.uint64(0x9E3779B97F4A7C15)
+        key = (content ^ np.uint64(seed % 2**64)) * np.uint64(0x9E3779B97F4A7C15)
         key = (key ^ (key >> np.uint64(32))) * np.uint64(0xD6E8FEB86659FD93)
     different = np.unique(key)
     wanted = min(max(1, round(ratio * len(different))), len(different) - 1)
@@ -172,12 +179,12 @@ def _hold_out(content: np.ndarray, ratio: float, seed: int) -> np.ndarray:
 
 
 def _nothing_left(report: DataReport, entries: list[Entry]) -> UserError:
-    prompts = [found for entry in entries if (found := survey_of(entry).shortest_prompt)]
+    prompts = [found for entry in entries if (found := entry.survey().shortest_prompt)]
     why = report.balance()
     if prompts:
         least, limit = min(prompts), entries[0].rules.max_length
         why = (
             f"max_length {limit} leaves no target in any; the shortest prompt is {least} tokens. Pass a "
-            f"--model_max_length above {least}, better one that holds the answers too"
+            f"--model_max_length of at least {least + 2}, better one that holds the answers too"
         )
     return UserError(f"nothing is left of {report.total('read'):,} records: {why}.")

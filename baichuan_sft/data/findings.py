@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -84,6 +85,11 @@ class Finding:
     def severity(self) -> str:
         return CODES[self.code][0]
 
+    @property
+    def words(self) -> str:
+        """``text`` with the file's name, quoted for a shell, where a command in it names the file."""
+        return self.text.replace("{path}", shlex.quote(self.path))
+
     def place(self) -> str:
         """``train/a.jsonl:1204:17 item 1203 turn 2``, as far as it is known."""
         numbers = [str(number) for number in (self.line, self.column) if number is not None]
@@ -92,15 +98,17 @@ class Finding:
             for name, value in (("item", self.item), ("turn", self.turn))
             if value is not None
         ]
-        return " ".join([":".join([self.path, *numbers]), *words])
+        # A name may hold what moves a terminal's cursor.
+        path = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in self.path)
+        return " ".join([":".join([path, *numbers]), *words])
 
     def __str__(self) -> str:
-        return f"{self.severity} {self.code} {self.place()}: {self.text}"
+        return f"{self.severity} {self.code} {self.place()}: {self.words}"
 
     def to_dict(self) -> dict[str, Any]:
         """For data_report.jsonl; what is unknown is left out."""
         known = {name: value for name, value in asdict(self).items() if value is not None}
-        return {"severity": self.severity, **known}
+        return {"severity": self.severity, **known, "text": self.words}
 
     def of(self, path: str) -> Finding:
         """The same finding in a file of another name with the same content."""

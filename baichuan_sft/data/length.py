@@ -57,7 +57,10 @@ def cut_turns(segment: Rendered, max_length: int) -> list[Rendered]:
             kept = Rendered(ids, segment.labels[: start + 1], segment.turns)
             if has_target(kept):
                 return [kept]
-    return [Rendered(segment.input_ids[:max_length], segment.labels[:max_length], segment.turns)]
+    # An answer whose end label alone would be cut off loses a token as well: a whole turn teaches its end.
+    is_whole = max_length in segment.turns or max_length == len(segment.input_ids) - 1
+    end = max_length - is_whole
+    return [Rendered(segment.input_ids[:end], segment.labels[:end], segment.turns)]
 
 
 def cut_left(segment: Rendered, max_length: int) -> list[Rendered]:
@@ -100,8 +103,10 @@ def refuse(segment: Rendered, max_length: int) -> list[Rendered]:
 
 
 def _split(segment: Rendered, max_length: int) -> list[Rendered]:
-    starts = range(0, len(segment.input_ids), max_length)
-    pieces = [(segment.input_ids[i : i + max_length], segment.labels[i : i + max_length]) for i in starts]
+    ends = [*range(0, len(segment.input_ids), max_length), len(segment.input_ids)]
+    if ends[-1] - ends[-2] == 1:  # eos alone would be label 0 of its piece, and learnt from nothing
+        ends[-2] -= 1
+    pieces = [(segment.input_ids[i:j], segment.labels[i:j]) for i, j in zip(ends, ends[1:])]
     return [Rendered(ids, _blank(1, labels[1:])) for ids, labels in pieces]
 
 

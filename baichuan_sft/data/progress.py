@@ -16,11 +16,11 @@ class Progress:
 
     Args:
         label: what is done ("checking train.jsonl").
-        total: bytes, or other units, of the whole.
+        total: bytes of the whole, 0 where nobody knows.
     """
 
     def __init__(self, label: str, total: int) -> None:
-        self.label, self.total = label, max(total, 1)
+        self.label, self.total = label, total
         self.started = time.monotonic()
         self.next_line = self.started + LINE_SECONDS
         self.bar: Any = None
@@ -41,16 +41,18 @@ class Progress:
             bar = self._bar()
             bar.update(self.task, completed=done)
         elif now >= self.next_line and done:
-            left = (now - self.started) * (self.total - done) / done
-            print(f"{self.label}: {done / self.total:.0%}, {left:.0f} s left", file=sys.stderr, flush=True)
+            share, left = done / self.total if self.total else 0, now - self.started
+            what = f"{share:.0%}, {left * (1 - share) / share:.0f} s left" if share else f"{done >> 20} MiB"
+            print(f"{self.label}: {what}", file=sys.stderr, flush=True)
             self.next_line = now + LINE_SECONDS
 
     def _bar(self):
         if self.bar is None:
             from rich.console import Console
+            from rich.markup import escape
             from rich.progress import Progress as Bar
 
             self.bar = Bar(console=Console(stderr=True))
             self.bar.start()
-            self.task: Any = self.bar.add_task(self.label, total=self.total)
+            self.task: Any = self.bar.add_task(escape(self.label), total=self.total or None)
         return self.bar

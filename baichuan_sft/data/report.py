@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from baichuan_sft.data.check import Rules
-from baichuan_sft.data.findings import CODES
+from baichuan_sft.data.findings import CODES, Finding
 from baichuan_sft.data.survey import Survey
 from baichuan_sft.data.tokens import TokenDataset
 
@@ -57,6 +57,8 @@ class DataReport:
     Attributes:
         counts: see ``check.Examined``.
         lengths: 50th, 90th and 99th percentile and the greatest, in tokens, of the training segments.
+        truncation: the policies of the sources.
+        errors: the first thousand findings of that severity.
     """
 
     sources: Sequence[SourceReport]
@@ -66,7 +68,9 @@ class DataReport:
     supervised_tokens: int
     held_out: int
     lengths: Sequence[int]
-    rules: Rules
+    max_length: int
+    truncation: str
+    errors: Sequence[Finding]
 
     @classmethod
     def of(
@@ -75,7 +79,7 @@ class DataReport:
         survey: Survey,
         train: TokenDataset,
         dev: TokenDataset | None,
-        rules: Rules,
+        rules: Sequence[Rules],
     ) -> DataReport:
         import numpy as np
 
@@ -88,7 +92,9 @@ class DataReport:
             int(train.targets.sum()),
             len(dev.records()) if dev is not None else 0,
             [int(length) for length in at],
-            rules,
+            rules[0].max_length,
+            "/".join(dict.fromkeys(one.truncation for one in rules)),
+            survey.errors,
         )
 
     def total(self, name: str) -> int:
@@ -129,8 +135,8 @@ class DataReport:
         lines = []
         if self.counts["cut"]:
             lines.append(
-                f"{self.counts['cut']:,} of {self.total('read'):,} cut to {self.rules.max_length} tokens "
-                f"({self.rules.truncation})"
+                f"{self.counts['cut']:,} of {self.total('read'):,} cut to {self.max_length} tokens "
+                f"({self.truncation})"
             )
         if self.total("duplicates") > self.total("duplicates_dropped"):
             lines.append(f"{self.total('duplicates'):,} exact duplicates are kept; --dedup True drops them")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Sequence
@@ -15,8 +14,10 @@ import numpy as np
 from baichuan_sft.data.files import expand
 from baichuan_sft.data.formats import FORMATS
 from baichuan_sft.data.length import TRUNCATION
+from baichuan_sft.data.survey import DOCUMENT
 from baichuan_sft.errors import UserError, pick, suggest
 
+MAX_WEIGHT, MAX_SAMPLES = 1e12, 10**9
 SHARE = re.compile(r"(?P<path>.+?)(?::(?P<weight>[^:#/\\]*))?(?:#(?P<samples>[^:#/\\]*))?")
 
 
@@ -49,7 +50,9 @@ def parse_sources(spec: str | Sequence[str | Path], *, allow_outside: bool = Fal
     Raises:
         UserError: nothing there, one file twice, a weight on some sources only, or a value out of range.
     """
-    words = spec.split(",") if isinstance(spec, str) else [str(path) for path in spec]
+    given = [spec] if isinstance(spec, str) else [str(path) for path in spec]
+    # A name may hold a comma.
+    words = [word for one in given for word in ([one] if os.path.exists(one) else one.split(","))]
     words = [word.strip() for word in words if word.strip()]
     if not words:
         raise UserError("no data file given; pass --data_path FILE[,FILE...]")
@@ -124,15 +127,15 @@ def _entry(path: Path, number: int, entry: Any, allow_outside: bool) -> Source:
     for key, kinds in (("weight", (int, float)), ("samples", (int,))):
         if key in entry and (isinstance(entry[key], bool) or not isinstance(entry[key], kinds)):
             raise UserError(f"{where}: {key} is {entry[key]!r}, expected a number")
-    for key, table in (("truncation", TRUNCATION), ("data_format", FORMATS)):
+    for key, table in (("truncation", TRUNCATION), ("data_format", [*FORMATS, DOCUMENT])):
         if key in entry:
-            pick(key, entry[key], table)
+            pick(key, entry[key], dict.fromkeys(table))
     folder = path.parent.resolve()
     file = folder / entry["path"]
-    if not allow_outside and not file.resolve().is_relative_to(folder):
-        raise UserError(
-            f"{where}: {entry['path']} is outside {folder}; pass --allow_outside True if it is meant"
-        )
+    for found in [str(file)] if allow_outside else [str(file), *expand(str(file))]:
+        if not allow_outside and not Path(found).resolve().is_relative_to(folder):
+            way_out = "pass --allow_outside True if it is meant"
+            raise UserError(f"{where}: {entry['path']} is outside {folder}; {way_out}")
     return Source(**{**entry, "path": str(file)})
 
 
@@ -146,10 +149,11 @@ def _check(sources: list[Source]) -> None:
                 f"{source.path} is listed twice (as {seen[real]}); name it once, with #COUNT to repeat it"
             )
         seen[real] = source.path
-        if source.weight is not None and not (math.isfinite(source.weight) and source.weight > 0):
-            raise UserError(f"{source.path}: weight {source.weight:g}, expected a finite number > 0")
-        if source.samples is not None and source.samples < 1:
-            raise UserError(f"{source.path}: {source.samples} conversations asked for, expected at least 1")
+        if source.weight is not None and not 0 < source.weight <= MAX_WEIGHT:
+            raise UserError(f"{source.path}: weight {source.weight:g}, expected a number > 0 and <= 1e12")
+        if source.samples is not None and not 1 <= source.samples <= MAX_SAMPLES:
+            rule = f"expected 1 to {MAX_SAMPLES:,}"
+            raise UserError(f"{source.path}: {source.samples:,} conversations asked for, {rule}")
         if source.samples is not None and source.weight is not None:
             raise UserError(f"{source.path}: has a weight and a count, keep one")
     weighted = [source for source in sources if source.weight is not None]

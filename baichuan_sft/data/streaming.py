@@ -5,15 +5,18 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch.utils.data import IterableDataset
+from torch.utils.data import IterableDataset, get_worker_info
 
-from baichuan_sft.data import check, files, reader
+from baichuan_sft.data import cache, check, files, reader
 from baichuan_sft.data.check import Rules
 from baichuan_sft.data.findings import DataFault, Finding
 from baichuan_sft.data.packing import plan
@@ -60,15 +63,21 @@ class StreamingRows(IterableDataset):
     ) -> None:
         for source in sources:
             files.require_file(source.path)
+            if source.samples is not None:
+                raise UserError(
+                    f"{source.path}#{source.samples}: a stream is endless; give weights, not counts"
+                )
+        self.readings = [layout_of(source.path, rules_for(source, rules)) for source in sources]
         self.sources, self.tokenizer, self.rules = list(sources), tokenizer, rules
         self.capacity, self.window, self.seed = capacity, window, seed
         self.rank, self.world_size, self.on_error = rank, world_size, on_error
         weights = np.array([1.0 if source.weight is None else source.weight for source in sources])
         self.chances = weights / weights.sum()
         self.counts: Counter[str] = Counter()
-        paths = [source.path for source in sources]
         self.settings: dict[str, Any] = {"seed": seed, "world_size": world_size, "window": window}
-        self.settings |= {"capacity": capacity, "sources": paths}
+        self.settings |= {"capacity": capacity, "files": [_state_of(source) for source in sources]}
+        self.settings["rules"] = cache.digest([asdict(reading[0]) for reading in self.readings])
+        self.settings["vocabulary"] = cache.digest(Path(tokenizer.vocab_file).read_bytes())
         self.start: dict[str, Any] = {"draws": 0, "windows": 0, "items": [0] * len(sources), "leftover": []}
         self.emitted = 0
         if state is not None:
@@ -88,6 +97,8 @@ class StreamingRows(IterableDataset):
         return {"settings": self.settings, "start": self.start, "emitted": self.emitted}
 
     def __iter__(self) -> Iterator[list[Segment]]:
+        if get_worker_info() is not None:
+            raise UserError("a stream is read by the process that trains; pass --dataloader_num_workers 0")
         streams = [self._endless(number, item) for number, item in enumerate(self.start["items"])]
         now = {**self.start, "items": list(self.start["items"])}
         while True:
@@ -127,7 +138,7 @@ class StreamingRows(IterableDataset):
     def _endless(self, number: int, consumed: int) -> Iterator[RawRecord]:
         """The records of a source, again and again, but for the first ``consumed``."""
         source = self.sources[number]
-        rules, layout = layout_of(source.path, rules_for(source, self.rules))
+        rules, layout = self.readings[number]
         while True:
             size = 0
             for record in reader.read_raw(source.path, self._note, layout=layout, options=rules.reading):
@@ -149,7 +160,7 @@ class StreamingRows(IterableDataset):
         segments = []
         for number, record in drawn:
             source = self.sources[number]
-            found = check.examine([record], source.path, rules_for(source, self.rules), self.tokenizer, 1)
+            found = check.examine([record], source.path, self.readings[number][0], self.tokenizer, 1)
             if self.on_error == "stop" and found.counts["rejected"]:
                 errors = [finding for finding, _ in found.findings if finding.severity == "ERROR"]
                 raise DataFault(str(errors[0]), errors)
@@ -174,6 +185,12 @@ class StreamingRows(IterableDataset):
         return [[segments[i] for i in row] for row in kept], [
             segments[i] for row in waits for i in sorted(row)
         ]
+
+
+def _state_of(source: Source) -> list[Any]:
+    """By which a resumed stream knows its source again: a hash would read what is too large to be read."""
+    found = os.stat(source.path)
+    return [source.path, found.st_size, found.st_mtime_ns, source.weight]
 
 
 def _split(laid_out: check.Segments, source: int) -> list[Segment]:

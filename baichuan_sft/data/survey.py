@@ -18,6 +18,7 @@ from baichuan_sft.data.check import Examined, Rules, blocks, examine, in_order
 from baichuan_sft.data.findings import Finding
 from baichuan_sft.data.progress import Progress
 from baichuan_sft.data.reader import RawRecord
+from baichuan_sft.errors import EnvironmentFault
 
 MAX_LISTED, MAX_SHOWN = 1000, 20
 BINS_PER_OCTAVE = 4
@@ -89,8 +90,12 @@ class FindingLog:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for file in self.files.values():
-            file.close()
+        for name, file in self.files.items():
+            try:
+                file.close()
+            except OSError as error:
+                where = f"{self.directory}/{name}"
+                raise EnvironmentFault(f"{where}: cannot be written: {error.strerror}") from error
 
     def add(self, finding: Finding, raw: bytes | None) -> None:
         self._write("data_report.jsonl", finding.to_dict())
@@ -104,9 +109,12 @@ class FindingLog:
     def _write(self, name: str, entry: dict[str, Any]) -> None:
         if self.directory is None:
             return
-        if name not in self.files:
-            self.files[name] = (self.directory / name).open("a", encoding="utf-8")
-        self.files[name].write(json.dumps(entry, ensure_ascii=False) + "\n")
+        try:
+            if name not in self.files:
+                self.files[name] = (self.directory / name).open("a", encoding="utf-8")
+            self.files[name].write(json.dumps(entry, ensure_ascii=False) + "\n")
+        except OSError as error:
+            raise EnvironmentFault(f"{self.directory / name}: cannot be written: {error.strerror}") from error
 
 
 def _as_text(raw: bytes | None) -> dict[str, str]:
@@ -133,23 +141,31 @@ def survey_file(
     """Read, decode and check every record of a file; with a tokenizer also render and cut.
 
     Args:
-        size: bytes of the file, for the progress bar.
+        size: bytes of the file, for the progress bar; what a packed file holds is not known.
         directory: see ``FindingLog``.
         keep: hand the conversations themselves on to ``each``.
         each: called with the result of every block, in order.
     """
     survey = Survey()
     early: list[Noted] = []  # of the reader, which runs ahead of the blocks
+    seen: list[int] = []  # the first record, once there is one
     ends: deque[tuple[int, int]] = deque()  # last item and bytes of each block handed out
     label = f"{'tokenising' if tokenizer else 'checking'} {Path(path).name}"
     rules, layout = layout_of(path, rules)
     threads = -1 if num_workers <= 1 else 1  # of SentencePiece in each process
     done = 0
-    with FindingLog(directory, survey) as log, Progress(label, size) as progress:
-        records = reader.read_raw(
-            path, lambda finding, raw: early.append((finding, raw)), layout=layout, options=rules.reading
-        )
-        work = _remembered(blocks(records), ends)
+    with (
+        FindingLog(directory, survey) as log,
+        Progress(label, 0 if path.endswith((".gz", ".zst")) else size) as progress,
+    ):
+
+        def tell(finding: Finding, raw: bytes | None) -> None:
+            early.append((finding, raw))
+            if not seen and len(early) > MAX_LISTED:  # no record is on its way that would come before
+                _log_unread(survey, log, early)
+
+        records = reader.read_raw(path, tell, layout=layout, options=rules.reading)
+        work = _remembered(blocks(_noticed(records, seen)), ends)
         for found in in_order(examine, work, num_workers, path, rules, tokenizer, threads, keep):
             last_item, num_bytes = ends.popleft()
             ready = [noted for noted in early if _item(noted) <= last_item]
@@ -160,10 +176,16 @@ def survey_file(
                 log.add(*noted)
             each(found)
             progress.update(done := done + num_bytes)
-        _count_unread(survey, early)
-        for noted in sorted(early, key=_item):
-            log.add(*noted)
+        _log_unread(survey, log, early)
     return survey
+
+
+def _log_unread(survey: Survey, log: FindingLog, early: list[Noted]) -> None:
+    """Count and write down what waits, and forget it."""
+    _count_unread(survey, early)
+    for noted in sorted(early, key=_item):
+        log.add(*noted)
+    early.clear()
 
 
 def layout_of(path: str, rules: Rules) -> tuple[Rules, str]:
@@ -172,6 +194,13 @@ def layout_of(path: str, rules: Rules) -> tuple[Rules, str]:
         return replace(rules, data_format="text"), "document"
     plain = Path(path.removesuffix(".gz").removesuffix(".zst")).suffix == ".txt"
     return rules, "lines" if plain and rules.data_format == "text" else "json"
+
+
+def _noticed(records: Iterator[RawRecord], seen: list[int]) -> Iterator[RawRecord]:
+    for record in records:
+        if not seen:
+            seen.append(record.item)
+        yield record
 
 
 def _remembered(work: Iterator[list[RawRecord]], ends: deque[tuple[int, int]]) -> Iterator[list[RawRecord]]:

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,9 @@ from typing import Any
 import numpy as np
 
 from baichuan_sft.data.check import Segments
+from baichuan_sft.errors import EnvironmentFault
 
+TOTALS = "totals.json"
 SHARD_TOKENS = 64 << 20  # 512 MiB of ids and labels
 
 
@@ -21,6 +25,7 @@ class ShardWriter:
 
     def __init__(self, directory: Path) -> None:
         self.directory, self.num_shards, self.room = directory, 0, 0
+        self.segments = self.tokens = 0
         self.stream: Any = None
 
     def write(self, segments: Segments) -> None:
@@ -43,10 +48,23 @@ class ShardWriter:
             self.num_shards += 1
         self.stream.write_batch(batch)
         self.room -= len(segments.input_ids)
+        self.segments += len(segments.lengths)
+        self.tokens += len(segments.input_ids)
 
     def close(self) -> None:
         if self.stream is not None:
             self.stream.close()
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if kind is None:
+            self.close()
+            (self.directory / TOTALS).write_text(json.dumps([self.segments, self.tokens]))
+        else:
+            with contextlib.suppress(OSError):  # what went wrong is known already
+                self.close()
 
 
 class TokenDataset:
@@ -75,6 +93,7 @@ class TokenDataset:
         }
         starts = [0]
         for source, directory in enumerate(directories):
+            before, num_tokens = starts[-1], 0
             for shard in sorted(directory.glob("data-*.arrow")):
                 for batch in pa.ipc.open_stream(pa.memory_map(str(shard))).read_all().to_batches():
                     ids, labels = batch["input_ids"], batch["labels"]
@@ -85,6 +104,8 @@ class TokenDataset:
                         parts[name].append(batch[name].to_numpy())
                     parts["source"].append(np.full(len(batch), source, np.int32))
                     starts.append(starts[-1] + len(batch))
+                    num_tokens += int(offsets[-1] - offsets[0])
+            _require_whole(directory, starts[-1] - before, num_tokens)
         self.starts = np.array(starts)
         self.index = np.arange(starts[-1])
         joined = {name: np.concatenate(arrays or [np.empty(0, np.int64)]) for name, arrays in parts.items()}
@@ -120,3 +141,18 @@ class TokenDataset:
         """First segment of each record, int64; the pieces of a document follow each other."""
         changes = (np.diff(self.items) != 0) | (np.diff(self.sources) != 0)
         return np.flatnonzero(np.concatenate([[True], changes])[: len(self)])
+
+
+def _require_whole(directory: Path, num_segments: int, num_tokens: int) -> None:
+    """
+    Raises:
+        EnvironmentFault: the shards do not hold what was written.
+    """
+    try:
+        written = json.loads((directory / TOTALS).read_text())
+    except (OSError, ValueError):
+        written = None
+    if written != [num_segments, num_tokens]:
+        raise EnvironmentFault(
+            f"{directory}: damaged data in the cache; delete this directory and start again"
+        )

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
 from baichuan_sft.arguments import Parser
 from baichuan_sft.data import cache, files
 from baichuan_sft.data.arguments import DataArguments, add_options, with_truth
-from baichuan_sft.data.check import Rules, examine
+from baichuan_sft.data.check import Rules, blocks, examine
 from baichuan_sft.data.duplicates import Duplicates
 from baichuan_sft.data.findings import DataFault, Finding
 from baichuan_sft.data.formats import Message
-from baichuan_sft.data.prepare import report_directory, rules_for, workers_for
+from baichuan_sft.data.prepare import report_directory, rules_for, workers_for, write_findings
 from baichuan_sft.data.reader import read_raw
 from baichuan_sft.data.sources import Source, parse_sources
 from baichuan_sft.data.survey import MAX_LISTED, FindingLog, Survey, layout_of, survey_file
@@ -88,21 +91,16 @@ def data_arguments(args: Any) -> DataArguments:
 def prepare(args: Any) -> int:
     """Tokenise into the cache, and say what became of every record."""
     from baichuan_sft.checkpoint import load_tokenizer
+    from baichuan_sft.data.dataset import build_dataset
 
-    data = _build(args, load_tokenizer(args.tokenizer))
+    flags = data_arguments(args)
+    data = build_dataset(args.paths, load_tokenizer(args.tokenizer), flags.rules(), **flags.options())
     print(data.report)
     root = cache.cache_root(args.cache_dir)
     print(
         f"prepared: {len(data.train):,} segments in {root}; train with the same data flags starts from there"
     )
     return 0
-
-
-def _build(args: Any, tokenizer: Any, report_dir: Path | None = None) -> Any:
-    from baichuan_sft.data.dataset import build_dataset
-
-    flags = data_arguments(args)
-    return build_dataset(args.paths, tokenizer, flags.rules(), report_dir=report_dir, **flags.options())
 
 
 # --- check ----------------------------------------------------------------------------------------
@@ -145,25 +143,21 @@ def check(args: Any) -> int:
     from baichuan_sft.datatools.page import write_page
     from baichuan_sft.datatools.summary import show
 
+    flags = data_arguments(args)
     sources = parse_sources(args.paths, allow_outside=args.allow_outside)
-    directory = report_directory(args.output_dir)
+    directory = report_directory(args.output_dir, sources)
     assert directory is not None
-    found = Check(data_arguments(args).rules(), sources, directory)
+    found = Check(flags.rules(), sources, directory)
     root = cache.cache_root(args.cache_dir)
     for which in range(len(sources)):
         _survey(found, which, root, args.preprocessing_num_workers)
     found.copies, firsts = found.duplicates.copies()
-    total = found.total
-    usable = total.counts["read"] > total.counts["rejected"] and (
-        args.on_error == "skip" or not total.counts["errors"]
-    )
+    usable = _is_usable(found, args.on_error)
     if usable and args.fix:
         write_fixed(found, Path(args.fix), args.dedup)
     if usable and args.tokenizer and None not in found.states:
-        from baichuan_sft.checkpoint import load_tokenizer
-
-        found.tokenizer = load_tokenizer(args.tokenizer)
-        found.data = _build(args, found.tokenizer, directory)  # finds what is too long, too
+        _measure(found, args, flags)
+        usable = _is_usable(found, args.on_error)
     _report_copies(found, firsts)
     dropped = len(found.copies) if args.dedup else 0
     show(found, dropped=dropped)
@@ -172,6 +166,27 @@ def check(args: Any) -> int:
         if usable and state is not None:
             cache.pin(state, root)
     return 0 if usable else 2
+
+
+def _is_usable(found: Check, on_error: str) -> bool:
+    counts = found.total.counts
+    return counts["read"] > counts["rejected"] and (on_error == "skip" or not counts["errors"])
+
+
+def _measure(found: Check, args: Any, flags: DataArguments) -> None:
+    """Tokenise, which also finds what is too long where that is an error."""
+    from baichuan_sft.checkpoint import load_tokenizer
+    from baichuan_sft.data.dataset import build_dataset
+
+    found.tokenizer = load_tokenizer(args.tokenizer)
+    options = {**flags.options(), "on_error": "skip"}
+    found.data = build_dataset(args.paths, found.tokenizer, found.rules, **options)
+    too_long = [error for error in found.data.report.errors if error.code == "DATA024"]
+    number = found.data.report.counts["code:DATA024"]
+    survey = found.surveys[0]
+    survey.errors += too_long
+    survey.counts.update({"errors": number, "rejected": number, "code:DATA024": number})
+    write_findings(too_long, found.directory)
 
 
 def _survey(found: Check, which: int, root: Path, num_workers: int | None) -> None:
@@ -183,10 +198,9 @@ def _survey(found: Check, which: int, root: Path, num_workers: int | None) -> No
         cache.unpin(source.path, root)
         state = cache.identity(source.path, root)
     except DataFault as fault:
-        survey = Survey()
+        survey = Survey(Counter(f"code:{finding.code}" for finding in fault.findings))
         with FindingLog(found.directory, survey) as log:
             for finding in fault.findings:
-                survey.counts[f"code:{finding.code}"] += 1
                 log.add(finding, None)
         found.states.append(None)
         found.surveys.append(survey)
@@ -210,13 +224,15 @@ def _survey(found: Check, which: int, root: Path, num_workers: int | None) -> No
 def _conversations(source: Source, rules: Rules) -> Iterator[tuple[str, list[Message]]]:
     """The good records of a file, each with its place."""
     rules, layout = layout_of(source.path, rules)
-    for record in read_raw(source.path, lambda finding, raw: None, layout=layout, options=rules.reading):
-        good = examine([record], source.path, rules, keep=True).normalised
-        if good:
-            yield (
-                Finding("DATA003", source.path, "", record.line, record.column, record.item).place(),
-                good[0],
-            )
+    records = read_raw(source.path, lambda finding, raw: None, layout=layout, options=rules.reading)
+    for block in blocks(records):
+        good = examine(block, source.path, rules, keep=True)
+        of_item = {record.item: record for record in block}
+        for item, messages in zip(good.items, good.normalised, strict=True):
+            place = Finding(
+                "DATA003", source.path, "", of_item[item].line, of_item[item].column, item
+            ).place()
+            yield place, messages
 
 
 def _report_copies(found: Check, firsts: np.ndarray) -> None:
@@ -242,23 +258,39 @@ def write_fixed(found: Check, out: Path, dedup: bool) -> None:
     """The good records of all sources, normalised, one per line; all is written or nothing.
 
     Raises:
-        UserError: ``out`` is one of the sources, or cannot be written.
+        UserError: ``out`` is one of the sources, or cannot be written. DataFault: a source changed meanwhile.
     """
-    if any(out.exists() and out.samefile(source.path) for source in found.sources):
-        raise UserError(f"--fix {out}: is one of the files that are read; name another one")
+    for source in found.sources:
+        if out.exists() and os.path.exists(source.path) and out.samefile(source.path):
+            raise UserError(f"--fix {out}: is one of the files that are read; name another one")
     is_copy = np.zeros(found.duplicates.size, bool)
     is_copy[found.copies] = dedup
-    temporary, record = out.with_name(f"{out.name}.tmp"), 0
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            for source in found.sources:
-                for _, messages in _conversations(source, rules_for(source, found.rules)):
-                    if not is_copy[record]:
-                        file.write(json.dumps(as_record(messages), ensure_ascii=False) + "\n")
-                    record += 1
-        temporary.replace(out)
+        # Beside it, under a name that nobody has: a full disk leaves what was there.
+        with tempfile.NamedTemporaryFile("w", dir=out.parent, encoding="utf-8", delete=False) as file:
+            try:
+                _write_good(found, file, is_copy)
+            except BaseException:
+                os.unlink(file.name)
+                raise
+        os.chmod(file.name, 0o644)
+        os.replace(file.name, out)
     except OSError as error:
         raise UserError(f"--fix {out}: cannot be written: {error.strerror}") from None
+    for state in found.states:
+        if state is not None:
+            cache.require_unchanged(state, hashed=True)
+
+
+def _write_good(found: Check, file: IO[str], is_copy: np.ndarray) -> None:
+    record = 0
+    for source in found.sources:
+        if not os.path.exists(source.path):
+            continue
+        for _, messages in _conversations(source, rules_for(source, found.rules)):
+            if record >= len(is_copy) or not is_copy[record]:
+                file.write(json.dumps(as_record(messages), ensure_ascii=False) + "\n")
+            record += 1
 
 
 def as_record(messages: list[Message]) -> dict[str, Any]:
