@@ -57,6 +57,9 @@ def run(command: Callable[[list[str]], int], argv: list[str]) -> int:
             raise
         print(f"error (rank {os.environ['RANK']}): another rank ended; its error says why", file=sys.stderr)
         return leave(5)
+    except BrokenPipeError:  # of `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -1,17 +1,31 @@
-"""The READMEs keep their word: both say the same, what they name exists, and their commands are run."""
+"""The READMEs and docs/ keep their word: both languages say the same, what they name exists, commands run."""
 
+import argparse
 import ast
+import dataclasses
 import json
 import re
 import sys
 
+import numpy as np
 import pytest
 import torch
 from fixtures import ROOT
 from launching import environment, free_port, make_nano, run
 
 from baichuan_sft.checkpoint import load_model, verify
+from baichuan_sft.cli import dispatch
+from baichuan_sft.data.arguments import DataArguments
+from baichuan_sft.data.findings import CODES, Finding
+from baichuan_sft.data.formats import FORMATS
 from baichuan_sft.data.formats import parse as parse_record
+from baichuan_sft.data.length import TRUNCATION, fit
+from baichuan_sft.data.report import DataReport, SourceReport
+from baichuan_sft.data.sources import Source
+from baichuan_sft.data.survey import DOCUMENT
+from baichuan_sft.data.template import IGNORE, TRAIN_ON, Rendered
+from baichuan_sft.data.turns import ROLE_ALIASES
+from baichuan_sft.datatools.command import _parser as data_parser
 from baichuan_sft.datatools.preview import _parser as preview_parser
 from baichuan_sft.errors import UserError
 from baichuan_sft.infer.chat import build_parser as chat_parser
@@ -22,6 +36,7 @@ from baichuan_sft.train.parse import build_parser as train_parser
 from baichuan_sft.variants import VARIANTS
 
 READMES = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README_zh.md")}
+DOCS = {name: (ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("data.md", "data_zh.md")}
 CHECKOUT = ("data", "ds_config.json", "fine-tune")  # what the commands name
 
 NOT_RUN = {
@@ -30,6 +45,7 @@ NOT_RUN = {
     "pip install -e .": "installs",
     "hf download baichuan-inc/Baichuan2-7B-Base --local-dir Baichuan2-7B-Base": "a nano model stands in",
     "deepspeed --hostfile=hostfile fine-tune/fine-tune.py --config run.yaml": "needs several hosts",
+    "baichuan-sft data check train.jsonl": "a file with faults; see test_the_check_shows_these_faults",
 }
 # The tests' machine has no eight GPUs, others may launch on it at the same time, and one epoch shows it all.
 SUBSTITUTES = {
@@ -44,9 +60,11 @@ WRITTEN_BY_A_RUN = set(
     tokenizer.model chat_template.jinja modeling_baichuan.py run.json trainer_log.jsonl loss.png
     checkpoint-*/""".split()
 )
-NOT_IN_THE_REPOSITORY = set(
+ONLY_OF_FAULTY_DATA = {"data_report.jsonl", "rejected.jsonl"}
+NOT_IN_THE_REPOSITORY = ONLY_OF_FAULTY_DATA | set(
     """.venv .deepspeed_env run.yaml pytorch_model*.bin .bin model.chat model.layers.0.*
-    ~/.cache/baichuan_sft </s>""".split()
+    ~/.cache/baichuan_sft </s>
+    .gz .zst .txt a.json#1000,b.jsonl 'chat/*.jsonl'""".split()
 )
 
 
@@ -70,6 +88,13 @@ def rows(text, pattern):
     """Cells of the table rows whose first cell is code that matches."""
     found = re.findall(rf"^\| `({pattern})` \|(.*)\|$", text, re.MULTILINE)
     return {name: [cell.strip() for cell in rest.split("|")] for name, rest in found}
+
+
+def known_flags():
+    (commands,) = [a for a in data_parser()._actions if isinstance(a, argparse._SubParsersAction)]
+    parsers = (train_parser(), preview_parser(), chat_parser(), *commands.choices.values())
+    known = {word for parser in parsers for action in parser._actions for word in action.option_strings}
+    return known | {f"--{name}" for name in tables.RENAMED}
 
 
 @pytest.fixture(params=READMES)
@@ -103,16 +128,18 @@ def test_what_is_not_run_is_still_in_them(text):
 
 
 def test_flags_exist(text):
-    parsers = (train_parser(), preview_parser(), chat_parser())
-    known = {word for parser in parsers for action in parser._actions for word in action.option_strings}
-    known |= {f"--{name}" for name in tables.RENAMED} | OTHER_PROGRAMS_FLAGS
+    known = known_flags() | OTHER_PROGRAMS_FLAGS
     named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text))
     assert len(named) > 30
     assert named <= known
 
 
 def test_defaults_are_the_parsers(text):
-    defaults = {action.dest: action.default for action in train_parser()._actions}
+    defaults = {
+        word.removeprefix("--"): action.default
+        for action in train_parser()._actions
+        for word in action.option_strings
+    }
     presets = ("lora_rank", "lora_alpha", "lora_dropout")
     defaults |= dict(zip(presets, tables.LORA_PRESETS["default"], strict=True))
     defaults["learning_rate"] = tables.LEARNING_RATES["full"]
@@ -144,13 +171,13 @@ def test_models_and_exit_codes_are_the_codes(text):
 
 
 def test_files_exist(text):
-    named = set(re.findall(r"\]\(([^)]+)\)", text)) | set(re.findall(r"`([^`\s]+)`", text))
+    named = set(re.findall(r"\]\(([^)#]+)", text)) | set(re.findall(r"`([^`\s]+)`", text))
     paths = {word for word in named if re.search(r"^[^/-].*/|\.\w+$|\*$", word)}
     assert len(paths) > 20
     missing = {path for path in paths if not (ROOT / path).exists()}
     assert missing <= WRITTEN_BY_A_RUN | NOT_IN_THE_REPOSITORY
     layout = [line.split()[0] for line in blocks(text, "text")[-1].splitlines()]
-    assert len(layout) == 12 and all((ROOT / path).exists() for path in layout)
+    assert len(layout) == 14 and all((ROOT / path).exists() for path in layout)
     chat = {word for word in named if re.fullmatch(r"/[a-z]+", word)}
     assert chat == set(CHAT_COMMANDS)
 
@@ -159,6 +186,144 @@ def test_the_sample_record_is_one(text):
     (sample,) = blocks(text, "json")
     messages, notes = parse_record(json.loads(sample))
     assert [message.role for message in messages] == ["system", *["user", "assistant"] * 2] and not notes
+
+
+# --- docs/ ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=DOCS)
+def guide(request):
+    return DOCS[request.param]
+
+
+def column(text, head):
+    """The first cells, as code, of the table that begins with this row."""
+    table = re.search(rf"^\| {re.escape(head)} \|.*\n\|[-|]+\|\n((?:\|.*\n)+)", text, re.MULTILINE)
+    assert table, head
+    return [re.findall("`([^`]+)`", row.split("|")[1]) for row in table[1].splitlines()]
+
+
+def test_both_guides_hold_the_same_code_and_figures():
+    english, chinese = DOCS.values()
+    blocks_of = [re.findall(r"^```(.*?)^```$", text, re.MULTILINE | re.DOTALL) for text in (english, chinese)]
+    assert len(blocks_of[0]) > 5 and blocks_of[0] == blocks_of[1]
+    for pattern in (r"^#+ ", r"^\| ", r"^- ", r"`--\w+`"):
+        one, other = (len(re.findall(pattern, text, re.MULTILINE)) for text in (english, chinese))
+        assert one > 10 and abs(one - other) <= (2 if pattern == r"`--\w+`" else 0), pattern
+    # Figures of bare digits; words of thousands and millions differ between the languages.
+    cells = [re.findall(r"(?<=\| )[\d.,]+(?= \|)", text) for text in (english, chinese)]
+    assert len(cells[0]) > 30 and cells[0] == cells[1]
+
+
+def test_guides_list_every_finding(guide):
+    table = rows(guide, r"DATA\d+")
+    assert {code: cells[0] for code, cells in table.items()} == {code: of[0] for code, of in CODES.items()}
+    assert all(len(cells) == 3 and all(cells) for cells in table.values())
+    assert set(re.findall(r"DATA\d+", guide)) == set(CODES)
+    if guide is DOCS["data.md"]:
+        assert {code: cells[1] for code, cells in table.items()} == {
+            code: of[1] for code, of in CODES.items()
+        }
+
+
+def test_guides_list_formats_roles_policies_and_fields(guide):
+    english = guide is DOCS["data.md"]
+    assert [name for name, *_ in column(guide, "format" if english else "格式")] == [*FORMATS, DOCUMENT]
+    roles = column(guide, "written" if english else "写作")
+    assert sorted(role for group in roles for role in group) == sorted(ROLE_ALIASES)
+    assert all(len({ROLE_ALIASES[role] for role in group}) == 1 for group in roles)
+    assert [name for (name,) in column(guide, "policy" if english else "方式")] == list(TRUNCATION)
+    fields = [name for (name,) in column(guide, "field" if english else "字段")]
+    assert sorted(fields) == sorted({field.name for field in dataclasses.fields(Source)} - {"group"})
+    for name in [*Finding("DATA001", "x", "y", 1, 1, 1, 1).to_dict(), "raw", "raw_base64"]:
+        assert f"`{name}`" in guide, name
+    assert all(name in rows(guide, r"--\w+")["--train_on"][1] for name in TRAIN_ON)
+
+
+def test_guides_list_every_data_flag_with_its_default(guide):
+    table = rows(guide, r"--\w+")
+    assert list(table) == [f"--{field.name}" for field in dataclasses.fields(DataArguments)]
+    for field in dataclasses.fields(DataArguments):
+        said = table[f"--{field.name}"][0]
+        if field.default is dataclasses.MISSING:
+            assert said in ("required", "必须")
+        else:
+            assert said == str(field.default) or (field.default is None and said in ("none", "无")), (
+                field.name
+            )
+    assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", guide)) <= known_flags()
+
+
+def test_guides_name_every_word_of_the_balance(guide):
+    one = dict.fromkeys([field.name for field in dataclasses.fields(SourceReport)], 0)
+    one |= {"path": "x", "sha256": "", "read": 5, "rejected": 1, "duplicates_dropped": 1, "no_target": 1}
+    one |= {"too_long": 1, "not_drawn": 1, "repeats": 1, "tokens_rendered": 1, "tokens_not_used": 1}
+    report = object.__new__(DataReport)
+    for name, value in {"sources": [SourceReport(**one)], "held_out": 1}.items():
+        object.__setattr__(report, name, value)
+    for name in ("tokens", "supervised_tokens"):
+        object.__setattr__(report, name, 1)
+    words = re.findall(r"(?:^|[=+,;:] )(?:\d+ )?([a-z][a-z ]*?)(?= [\d(]|,|$|:)", report.balance())
+    words += re.findall(r"(?:[=+,;:] )([a-z][a-z ]*?)(?= \d)", report.token_balance())
+    assert len(set(words)) >= 12
+    named = re.findall(r"^\| ([a-z ]+) \|", guide, re.MULTILINE)
+    assert set(words) - {"read"} <= set(named)
+
+
+@pytest.mark.parametrize("policy", ["cut_turns", "cut_left"])
+def test_the_example_of_cutting_is_true(guide, policy):
+    (block,) = [block for block in blocks(guide, "text") if "cut_left" in block]
+    whole, *cut = re.findall(r"ids +([\d ]+)\n.*labels +([\d. ]+)$", block, re.MULTILINE)
+    numbers = [
+        [[IGNORE if word == "." else int(word) for word in row.split()] for row in pair]
+        for pair in (whole, *cut)
+    ]
+    ids, labels = (np.array(row, np.int32) for row in numbers[0])
+    turns = [i for i, token in enumerate(ids) if token in (195, 196)]
+    (kept,) = fit(Rendered(ids, labels, turns), 7, policy)
+    shown = numbers[1 + ["cut_turns", "cut_left"].index(policy)]
+    assert [kept.input_ids.tolist(), kept.labels.tolist()] == shown
+
+
+@pytest.mark.parametrize("name", DOCS)
+def test_links_of_the_guides_lead_somewhere(name):
+    texts = {f"docs/{one}": text for one, text in DOCS.items()} | READMES
+    anchors = {
+        path: {
+            re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-")
+            for head in re.findall("^#+ (.*)$", text, re.M)
+        }
+        for path, text in texts.items()
+    }
+    links = [(f"docs/{name}", link) for link in re.findall(r"\]\(([^)]+)\)", DOCS[name])]
+    links += [
+        (readme, link) for readme, text in READMES.items() for link in re.findall(r"\]\((docs/[^)]+)\)", text)
+    ]
+    assert len(links) > 12
+    for source, link in links:
+        path, _, anchor = link.partition("#")
+        target = (ROOT / source).parent / path if path else ROOT / source
+        assert target.exists(), link
+        if anchor:
+            assert anchor in anchors[str(target.resolve().relative_to(ROOT.resolve()))], link
+
+
+FAULTY = """{"id": "a", "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
+{"id": "b", "conversations": [{"from": "humna", "value": "c"}, {"from": "gpt", "value": "d"}]}
+{"id": "c", "conversations": [{"from": "human", "value": "1+1=?"}, {"from": "gpt", "value": null}]}
+{"id": "d", "conversations": [{"from": "human", "value": "e"}, {"from": "gpt", "value": "f"}]}
+"""
+
+
+def test_the_check_shows_these_faults(text, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("BAICHUAN_SFT_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "train.jsonl").write_text(FAULTY, encoding="utf-8")
+    assert dispatch(["data", "check", "train.jsonl"]) == 2
+    output = capsys.readouterr().out
+    (shown,) = [block for block in blocks(text, "text") if block.startswith("ERROR")]
+    lines = [line.removesuffix("...").strip() for line in shown.splitlines()]
+    assert len(lines) > 5 and all(line in output for line in lines)
 
 
 # --- what they tell to do ---------------------------------------------------------------------------
@@ -211,7 +376,7 @@ def outputs(place):
 
 @pytest.mark.slow
 def test_commands_run_and_leave_what_is_promised(outputs, place):
-    assert len(outputs) == 5
+    assert len(outputs) == 6
     assert "--warmup_ratio is called --warmup_steps today" in "".join(outputs.values())
     for name in ("output", "output-lora", "output-one"):
         verify(place / name)
@@ -220,8 +385,11 @@ def test_commands_run_and_leave_what_is_promised(outputs, place):
     left = [path for name in ("output", "output-lora") for path in (place / name).iterdir()]
     for name in WRITTEN_BY_A_RUN:
         assert any(path.match(name) for path in left), name
-    shown = blocks(READMES["README.md"], "text")[1].strip()
-    assert shown.startswith("<user>") and any(shown in output for output in outputs.values())
+    (shown,) = [one.strip() for one in blocks(READMES["README.md"], "text") if one.startswith("<user>")]
+    assert any(shown in output for output in outputs.values())
+    (prepared,) = [output for command, output in outputs.items() if " data prepare " in command]
+    assert "prepared: " in prepared
+    assert prepared.startswith(blocks(DOCS["data.md"], "text")[0].rstrip())
 
 
 @pytest.mark.slow

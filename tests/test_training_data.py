@@ -64,6 +64,7 @@ def test_a_mix_is_drawn_by_weight(train):
     )
 
 
+@pytest.mark.slow
 def test_the_recipe_runs(tmp_path):
     env = {**environment(), "OUT": str(tmp_path), "BAICHUAN_SFT_CACHE": str(tmp_path / "cache")}
     done = subprocess.run([ROOT / "scripts" / "instruction_mix.sh"], env=env, capture_output=True, text=True)
@@ -221,6 +222,7 @@ def test_ranks_with_other_data_are_named(monkeypatch):
         require_same_data(given)
 
 
+@pytest.mark.slow
 def test_other_local_ranks_wait_for_the_first(nano, tmp_path, monkeypatch):
     """Rank 1 of a host comes first and must not tokenise, nor end, before rank 0 has."""
     code = "import sys; from baichuan_sft.train import inputs, parse; "

@@ -214,15 +214,16 @@ def workers_for(size: int, num_workers: int | None) -> int:
 
 def fault_of(errors: list[Finding], total: int, report_dir: Path | None) -> DataFault:
     """All findings as one error: the first 20 shown, the rest in the report."""
+    can_skip = all(error.code != "DATA001" for error in errors)
     if total == 1:
-        return DataFault(f"{errors[0]}; nothing was trained, --on_error skip leaves it out", errors)
+        return DataFault(f"{errors[0]}{'; --on_error skip leaves it out' if can_skip else ''}", errors)
     lines = [f"  {finding}" for finding in errors[:MAX_SHOWN]]
     if total > MAX_SHOWN:
         lines.append(f"  ... and {total - MAX_SHOWN:,} more")
-    where = f"; all are in {report_dir}/data_report.jsonl" if report_dir else ""
-    head = (
-        f"{total:,} faults in the data, nothing was trained (--on_error skip leaves such records out{where}):"
-    )
+    said = ["--on_error skip leaves such records out"] * can_skip
+    said += [f"all are in {report_dir}/data_report.jsonl"] * (report_dir is not None)
+    hints = f" ({'; '.join(said)})" if said else ""
+    head = f"{total:,} faults in the data{hints}:"
     return DataFault("\n".join([head, *lines]), errors)
 
 

@@ -160,11 +160,11 @@ def check(args: Any) -> int:
         usable = _is_usable(found, args.on_error)
     _report_copies(found, firsts)
     dropped = len(found.copies) if args.dedup else 0
-    show(found, dropped=dropped)
-    write_page(found, directory / "report.html", dropped=dropped)
     for state in found.states:
         if usable and state is not None:
             cache.pin(state, root)
+    write_page(found, directory / "report.html", dropped=dropped)
+    show(found, dropped=dropped)  # last: whoever reads it may have seen enough before the end
     return 0 if usable else 2
 
 

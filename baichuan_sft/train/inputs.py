@@ -110,7 +110,9 @@ def _stream(settings: Settings, tokenizer: Any) -> Inputs:
     names = [source.path for source in sources]
     say(f"data: {', '.join(names)}, read while training")
     held_out = _read_held_out(settings, tokenizer) if data.eval_data_path else None
-    return Inputs(tokenizer, rows, held_out, {"sources": [{"path": path} for path in names]}, names)
+    # A hash would read what is too large to be read; the size tells most mistakes.
+    described = [{"path": path, "sha256": f"of {os.path.getsize(path):,} bytes"} for path in names]
+    return Inputs(tokenizer, rows, held_out, {"sources": described}, names)
 
 
 def stream_file(checkpoint: str | Path, rank: int) -> Path:
