@@ -24,7 +24,7 @@ CATALOGUE = {
     ),
     "04_jsonl.jsonl": ("O", 3),
     "05_jsonl_named_json.json": ("O", 3),
-    "07_trailing_comma.json": ("F", 3, "DATA006", "1:325 item 3", r"trailing comma before \]"),
+    "07_trailing_comma.json": ("F", 3, "DATA006", "1:325: ", r"trailing comma before \]"),
     "08_truncated.json": ("F", 2, "DATA007", "1:299 item 2", "ends inside a string - truncated download"),
     "09_truncated_last_line.jsonl": ("R", 2, "DATA006", "3:91 item 2", "ends inside a string"),
     "10_empty_file.json": ("F", 0, "DATA004", "", r"file is empty \(0 bytes\)"),
@@ -180,8 +180,8 @@ def test_skip_loses_no_good_record_and_no_byte(check, name, tmp_path):
     assert code == 0 and len(fixed) == CATALOGUE[name][1]
     assert all({"from", "value"} == set(turn) for record in fixed for turn in record["conversations"])
     assert len(rejected) == 1 == len([finding for finding in findings if finding["severity"] == "ERROR"])
-    if name != "07_trailing_comma.json":  # where nothing but a comma is wrong
-        assert ("raw" in rejected[0]) != ("raw_base64" in rejected[0])
+    is_of_record = name != "07_trailing_comma.json"  # where nothing but a comma is wrong
+    assert ("raw" in rejected[0]) + ("raw_base64" in rejected[0]) == is_of_record == ("item" in rejected[0])
     assert (
         run(dispatch, ["data", "check", str(tmp_path / "fixed.jsonl"), "--output_dir", str(tmp_path / "o2")])
         == 0

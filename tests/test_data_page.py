@@ -12,6 +12,7 @@ from fixtures import SMALL_VOCABULARY
 from baichuan_sft.data.check import SCRIPTS, Examined, Rules
 from baichuan_sft.data.findings import Finding
 from baichuan_sft.data.formats import Message
+from baichuan_sft.data.report import DataReport, SourceReport
 from baichuan_sft.data.sources import Source
 from baichuan_sft.data.survey import Survey
 from baichuan_sft.datatools import facts
@@ -215,6 +216,27 @@ def test_long_texts_are_shortened(check):
         assert "你" * 300 + " ... 700 more" in text and "你" * 301 not in text
 
 
+def test_long_conversations_are_shortened(check):
+    _, output, page = check({"a.jsonl": [conversation(*[f"turn{i}" for i in range(1000)])]})
+    assert "turn19\n...: 980 more turns\n" in output and "turn20" not in output
+    assert "turn19" in page.text and "turn20" not in page.text and "980 more turns" in page.text
+
+
+@pytest.mark.parametrize("name", ["x[/y].jsonl", "[bold]a.jsonl", ":smile:.jsonl"])
+def test_file_names_are_no_markup(check, tmp_path, name):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    records = [conversation("[/x]", "[red]b", role="human"), conversation("", "b")]
+    code, output, _ = check({name: records})
+    assert code == 0 and row(name, output) == [2, 0, 2, 4]
+    assert f"{name}:2:" in output and "user: [/x]\nassistant: [red]b" in output
+
+
+def test_only_what_is_shown_of_a_text_is_escaped(monkeypatch):
+    seen = []
+    monkeypatch.setattr(facts, "plain", lambda text: seen.append(text) or text)
+    assert facts.shortened("\n" * 10**6).endswith(" ... 999,700 more") and seen == ["\n" * 300]
+
+
 # --- built by hand: what the command would have to go wrong for ---------------------------------------
 
 
@@ -250,5 +272,9 @@ def test_histogram_covers_each_length_once(tmp_path, lengths):
 
 
 def test_all_that_is_drawn_has_a_colour_and_a_name():
-    drawn = {*facts.PARTS.values(), *facts.TOKEN_PARTS.values(), *SCRIPTS}
-    assert drawn <= COLOUR.keys() and drawn <= CHINESE.keys()
+    source = SourceReport("a", "", 21, 1, 2, 3, 3, 4, 5, 6, 0, 33, 10, 11, 12)
+    report = DataReport([source], Counter(), 1, 1, 1, 1, [1] * 4, 512, "cut_turns", [])
+    records, tokens = (facts.parts_of(line) for line in (report.balance(), report.token_balance()))
+    assert list(records.values()) == [1, 2, 3, 4, 5, 6] and list(tokens.values()) == [10, 11, 12]
+    drawn = {*records, *tokens, *SCRIPTS}
+    assert drawn == COLOUR.keys() and drawn <= CHINESE.keys()

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from baichuan_sft.data.findings import CODES, RecordFault
-from baichuan_sft.data.formats import FORMATS, Message, check_order, escaped, parse
+from baichuan_sft.data.formats import FORMATS, MAX_NAMES, Message, check_order, count_name, escaped, parse
+from baichuan_sft.data.texts import is_blank
 from baichuan_sft.errors import UserError
 
 # A record of each format that says a user text q and an assistant text a, or for "text" only a.
@@ -203,6 +204,10 @@ REFUSED = {
             turns(("human", "a"), ("gpt", " \n\u3000")),
             f"assistant text is only white space - {SILENT_ANSWER}",
         ),
+        *(
+            (turns(("human", "a"), ("gpt", text)), f"assistant text is only white space - {SILENT_ANSWER}")
+            for text in ("\u200b", "\ufeff\u200d", " \u200b\n\u2060")
+        ),
     ],
     "DATA018 1 output": [
         ({**ASK, "output": ""}, f"assistant text is empty - {SILENT_ANSWER}"),
@@ -247,7 +252,7 @@ REFUSED = {
     ],
     "DATA020 - text": [
         ({"text": ""}, '"text" is empty - nothing to learn'),
-        ({"text": " \n"}, '"text" is empty - nothing to learn'),
+        ({"text": " \n\u200b"}, '"text" is empty - nothing to learn'),
     ],
     "DATA021 0 conversations.0.train": [
         (value("x", train="no"), '"train" is a string, expected true or false'),
@@ -412,7 +417,7 @@ TEXTS = st.text(st.characters(codec="utf-8"), min_size=1) | st.sampled_from(
 
 
 @pytest.mark.parametrize("name", FORMATS)
-@given(question=TEXTS, answer=TEXTS.filter(str.strip))
+@given(question=TEXTS, answer=TEXTS.filter(lambda text: not is_blank(text)))
 def test_texts_are_left_as_they_are(name, question, answer):
     raw = SAMPLES[name](question, answer)
     assert parse(raw)[0] == messages_of(name, question, answer)
@@ -513,6 +518,7 @@ def test_merge_joins_turns_of_one_role():
     raw[C] += [HI[0], HI[1], HI[0], HI[0]]
     raw[C][4]["train"] = False
     messages, notes = parse(raw, merge_consecutive=True)
+    because = "; none of it is learnt, because turn 4 is not"
     assert messages == [
         Message("system", "s"),
         Message("user", "a\nb"),
@@ -522,7 +528,7 @@ def test_merge_joins_turns_of_one_role():
     ]
     assert [(note.code, note.turn, note.at, note.text) for note in notes] == [
         ("DATA035", 1, (C, 1), "2 user turns in a row joined (turns 1-2)"),
-        ("DATA035", 3, (C, 3), "3 assistant turns in a row joined (turns 3-5)"),
+        ("DATA035", 3, (C, 3), f"3 assistant turns in a row joined (turns 3-5){because}"),
         ("DATA035", 8, (C, 8), "2 user turns in a row joined (turns 8-9)"),
         ("DATA030", 8, (C, 8), "trailing user turn dropped"),
     ]
@@ -553,6 +559,27 @@ def test_tally_counts_what_is_accepted():
     formats = {"format:belle": 1, "format:messages": 1, "format:text": 1}
     keys = {"key:备注": 1, "key:score\\x1b": 1, "key:name": 1}
     assert tally == {"turns": 6, **roles, **formats, **keys}
+
+
+def test_names_of_keys_take_little_room():
+    tally = Counter()
+    for number in range(1000):
+        parse(turns(("human", "a"), ("gpt", "b"), known=1, **{f"k{number}": 1}), tally=tally)
+    assert len(tally) == MAX_NAMES + 1
+    others = {"turns", "format:belle", "role:human", "role:gpt", "key:known", "key:..."}
+    assert tally["key:known"] == 1000 == tally["key:..."] + len(tally.keys() - others)
+    merged = Counter()
+    for part in (tally, Counter({"key:new": 2, "role:new": 3, "key:k0": 1})):
+        for name, number in part.items():
+            count_name(merged, name, number)
+    assert merged == tally + Counter({"key:...": 2, "role:new": 3, "key:k0": 1})
+
+
+def test_roles_are_counted_in_the_order_of_the_file():
+    tally = Counter()
+    parse(turns(("system", "s"), *[("用户", "a"), ("bot", "b"), ("human", "a"), ("gpt", "b")]), tally=tally)
+    roles = [name for name in tally if name.startswith("role:")]
+    assert roles == ["role:system", "role:用户", "role:bot", "role:human", "role:gpt"]
 
 
 def test_check_order_takes_messages():

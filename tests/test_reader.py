@@ -1,11 +1,13 @@
 """Files to raw records: what is read, what is refused, where, and with which words."""
 
+import bz2
 import gzip
 import json
 import os
 import re
 import tracemalloc
 
+import numpy as np
 import pytest
 from fixtures import ROOT, SHARED, needs_shared
 from hypothesis import given, settings
@@ -28,7 +30,7 @@ CATALOGUE = {
         0,
         "DATA002 .*:1:61: not UTF-8: byte C4 at byte 60; .*GB18030 - pass --encoding gb18030 or .*iconv",
     ),
-    "07_trailing_comma.json": (3, r"DATA006 .*:1:325 item 3: trailing comma before \]"),
+    "07_trailing_comma.json": (3, r"DATA006 .*:1:325: trailing comma before \]$"),
     "08_truncated.json": (2, "DATA007 .*:1:299 item 2: the text ends inside a string - truncated download"),
     "09_truncated_last_line.jsonl": (2, "DATA006 .*:3:91 item 2: the text ends inside a string"),
     "10_empty_file.json": (0, r"DATA004 .*file is empty \(0 bytes\)"),
@@ -91,10 +93,13 @@ def test_gzip_bomb_takes_little_memory():
 @pytest.mark.parametrize(
     "content, num, words",
     [
-        (f"[{GOOD}, {GOOD}] x", 2, "DATA006 .*:1:.* text after the end of the list"),
-        (f"[{GOOD} {GOOD}]", 1, "expected , or ] after item 0"),
-        (f"[{GOOD},", 1, "DATA007 .*item 1: the text ends without the ] of the list"),
-        (f"[{GOOD}", 1, "DATA007 .*the text ends without the ]"),
+        (f"[{GOOD}, {GOOD}] x", 2, "DATA006 .*item 2: text after the end of the list.*; the 1 byte behind"),
+        (f"[{GOOD} {GOOD}]", 1, f"after item 0; the {len(GOOD) + 1} bytes behind it are not read"),
+        (f"[{GOOD},]", 1, rf"DATA006 .*:1:{len(GOOD) + 3}: trailing comma before \]$"),
+        (f"[{GOOD},\n]\n[{GOOD}]", 1, r":3:1 item 1: text after the end of the list.*; the \d+ bytes behind"),
+        (f"[{GOOD},", 1, rf"DATA007 .*:1:{len(GOOD) + 3}: the text ends without the \] of the list"),
+        (f"[{GOOD}", 1, rf"DATA007 .*:1:{len(GOOD) + 2}: the text ends without the \]"),
+        ('["a", "b', 1, "DATA007 .*:1:7 item 1: the text ends inside a string"),
         (f"[{GOOD}}}", 1, "expected , or ] after item 0"),
         (f"[,{GOOD}]", 0, "DATA006 .*:1:2 item 0: expected an item or ]"),
         (f"[{GOOD},,{GOOD}]", 1, "item 1: expected an item"),
@@ -103,7 +108,8 @@ def test_gzip_bomb_takes_little_memory():
         ("[", 0, "the text ends without the ]"),
         ('["abc', 0, "DATA007 .*:1:2 item 0: the text ends inside a string"),
         ('[{"a": 1, "b', 0, "DATA007 .*:1:11 item 0: the text ends inside a string"),
-        ('[{"a": [1,]}]', 0, r":1:11 item 0: trailing comma before \]; nothing behind this item"),
+        ('[{"a": [1,]}]', 0, r":1:11 item 0: trailing comma before \]; the 1 byte behind it is not read"),
+        ('[{"a": [1,]}, {}, {}]', 0, r"item 0: trailing comma before \]; the 9 bytes behind it are not read"),
         ('[{"a" 1}, {}]', 0, "item 0: malformed JSON: expecting ':'"),
         ("[\x00]", 0, "DATA006 .*:1:2 item 0: malformed JSON: expecting value"),
         ("[" + "[" * 64 + "]" * 64 + "]", 1, None),
@@ -137,6 +143,46 @@ def test_malformed_text_is_placed(tmp_path, content, num, words):
     values, _, findings = read(write(tmp_path / "x.json", content))
     assert len(values) == num and len(findings) == (words is not None), findings
     assert words is None or re.search(words, findings[0]), findings[0]
+
+
+def test_a_command_names_the_file_as_it_is_called_when_it_is_shown(tmp_path):
+    found = []
+    list(read_raw(write(tmp_path / "a b.json", '{"data": [{}]}'), lambda finding, raw: found.append(finding)))
+    assert "{path}" in found[0].text and "a b" not in found[0].text
+    assert found[0].of("new; rm x").words.endswith("jq -c '.data[]' 'new; rm x' > 'new; rm x'.jsonl")
+    # A key of that name would put the file's name, with its quotes, between the quotes of the program.
+    (finding,) = read(write(tmp_path / "$(x).json", '{\n"{path}": [{}]}'))[2]
+    assert finding.count("$(x)") == 2 and "jq" not in finding
+
+
+def test_an_item_is_read_once_however_many_blocks_it_has(tmp_path):
+    record = {"conversations": [{"from": "human", "value": "长" * (6 << 20)}]}
+    path = write(tmp_path / "x.json", json.dumps([record], ensure_ascii=False))
+    tracemalloc.start()
+    items = list(read_raw(path, pytest.fail))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    size = path.stat().st_size
+    assert [len(item.data) for item in items] == [size - 2]
+    # The blocks and the item joined; then orjson reserves twelve times what it reads.
+    assert peak < 15 * size
+
+
+def test_a_key_given_twice_is_looked_for_without_writing_the_value_again():
+    data = json.dumps({"a": ["x:" * (4 << 20)], ":": ["::", {"b:": ":"}]}).encode()
+    tracemalloc.start()
+    decode(data)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 14 * len(data)
+    for text in ('{"a": "x:", "a": 1}', '{"a:": 1, "a:": ":"}', '[{"b": ["::"], "b": [":", ":"]}]'):
+        with pytest.raises(RecordFault, match="is given twice"):
+            decode(text.encode())
+
+
+def test_a_first_line_broken_in_two_is_no_object_over_many_lines(tmp_path):
+    values, _, findings = read(write(tmp_path / "x", f'{{"a": [1,\n2]}}\n{GOOD}\n{GOOD}\n{GOOD}'))
+    assert len(values) == 3 and ":1:10 item 0: the text ends" in findings[0] and ":2:2 item 1" in findings[1]
 
 
 def test_one_broken_line_in_another_encoding(tmp_path):
@@ -318,6 +364,25 @@ def test_plain_text(tmp_path):
         list(read_raw(path, print, layout="line"))
 
 
+@pytest.mark.parametrize("layout", ["lines", "document"])
+def test_plain_text_may_begin_like_an_archive(tmp_path, layout):
+    path = tmp_path / "x.txt"
+    for start in ("BZh", "PAR1", "PK", "7z", "version https://git-lfs"):
+        values, _, findings = read(write(path, f"{start} 是开头"), layout=layout)
+        assert values == [{"text": f"{start} 是开头"}] and not findings
+    for content, words in [
+        (bz2.compress(b"abc"), "DATA005 .*bzip2 file; unpack it first: bunzip2 -k .*x.txt"),
+        (b"PAR1\0\0abc", "DATA005 .*parquet"),
+        (b"PK\x03\x04\0\0", "DATA005 .*zip file"),
+        ("文".encode("utf-16"), "DATA002 .*UTF-16"),
+        (bytes(9), "DATA005 .*bytes of zero"),
+        ("中文文本".encode("gb18030"), "DATA002 .*GB18030"),
+    ]:
+        values, _, (finding,) = read(write(path, content), layout=layout)
+        assert values == [] and re.search(words, finding)
+    assert read(write(path, gzip.compress(b"BZh")), layout=layout)[0] == [{"text": "BZh"}]
+
+
 @pytest.mark.parametrize("encoding", ["gb18030", "utf-16", "utf-16-be", "big5", "utf-8-sig"])
 def test_other_encodings(tmp_path, encoding):
     text = json.dumps([{"a": "中文"}] * 3, ensure_ascii=False)
@@ -353,6 +418,8 @@ def test_archives(tmp_path, pack):
         values, _, findings = read(write(path, damaged))
         assert "DATA007" in findings[-1] and "damaged or cut off" in findings[-1]
         assert [value["id"] for value in values] == list(range(len(values))) and len(values) > 1000
+    (finding,) = read(write(path, pack(f"[{GOOD}, nul, {GOOD}]".encode())))[2]
+    assert finding.endswith("; nothing behind this item is read")
     _, _, findings = read(write(path, packed), options=ReadOptions(max_unpacked=100_000))
     assert "unpacks to more than 100000 bytes; stopped after" in findings[-1]
 
@@ -376,6 +443,19 @@ def test_parquet(tmp_path):
         assert values == [] and "DATA007" in findings[0]
     parquet.write_table(pyarrow.Table.from_pylist(rows()).slice(0, 0), path)
     assert "DATA004" in read(path)[2][0]
+
+
+def test_parquet_of_one_row_group_takes_little_memory(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    texts = np.random.default_rng(0).integers(0, 256, (1000, 64 << 10), np.uint8)
+    table = pyarrow.table({"text": pyarrow.array(map(bytes, texts), pyarrow.binary())})
+    parquet.write_table(table, tmp_path / "x", use_dictionary=False, write_batch_size=8)
+    del table
+    before = pyarrow.total_allocated_bytes()
+    held = [pyarrow.total_allocated_bytes() - before for _ in read_raw(tmp_path / "x", pytest.fail)]
+    assert len(held) == 1000 and max(held) < 40 << 20  # of 64 MiB; a batch of rows has 16
 
 
 def test_datasets_directory(tmp_path):

@@ -1,6 +1,7 @@
 """Which files are asked for and how much of each; nothing is guessed."""
 
 import os
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -164,9 +165,45 @@ def test_duplicates_name_the_first(part, monkeypatch):
     assert copies.tolist() == [2, 5, 6] and firsts.tolist() == [0, 1, 0]
     assert [seen.label(int(copy)) for copy in copies] == [102, 105, 106]
     seen.add([2**64 - 1], [7])  # and it goes on after having been read
-    assert seen.copies()[0].tolist() == [2, 5, 6, 7]
+    found = seen.copies()
+    assert found.copies.tolist() == [2, 5, 6, 7] and found.total == 4
+    assert [found.is_copy(record) for record in range(8)] == [
+        False,
+        False,
+        True,
+        False,
+        False,
+        True,
+        True,
+        True,
+    ]
 
 
 def test_no_duplicates_among_none():
     copies, firsts = Duplicates().copies()
-    assert len(copies) == len(firsts) == 0
+    assert len(copies) == len(firsts) == Duplicates().copies().total == 0
+
+
+@pytest.mark.parametrize("part", [4, 64, 1 << 20])
+def test_all_copies_are_counted_and_the_first_are_listed(part, monkeypatch):
+    monkeypatch.setattr("baichuan_sft.data.duplicates.PART", part)
+    monkeypatch.setattr("baichuan_sft.data.duplicates.MAX_COPIES", 10)
+    hashes = np.random.default_rng(0).integers(0, 40, 300).tolist()
+    seen = Duplicates()
+    seen.add(hashes, [0] * 300)
+    expected = [(i, hashes.index(one)) for i, one in enumerate(hashes) if hashes.index(one) != i]
+    found = seen.copies()
+    assert found.total == len(expected) > 200
+    assert list(zip(found.copies, found.firsts)) == expected[:10]
+    assert [i for i in range(300) if found.is_copy(i)] == [i for i, _ in expected]
+
+
+def test_many_copies_take_little_memory():
+    seen = Duplicates()
+    for _ in range(30):
+        seen.add([7] * 100_000, range(100_000))
+    tracemalloc.start()
+    assert seen.copies().total == 2_999_999
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 120 << 20  # all pairs alone, sorted, take 144

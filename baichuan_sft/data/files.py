@@ -56,6 +56,14 @@ class ReadOptions:
 
 
 class Readable(Protocol):
+    """Bytes from first to last.
+
+    Attributes:
+        size: how many come out in all; None where that is not known before.
+    """
+
+    size: int | None
+
     def read(self, size: int, /) -> bytes:
         """At most ``size`` bytes, none at the end.
 
@@ -153,6 +161,7 @@ class _File(io.RawIOBase):
         super().__init__()
         self.path, self.offset = path, 0
         self.fd = os.open(path, os.O_RDONLY)
+        self.size: int | None = os.fstat(self.fd).st_size
 
     def readable(self) -> bool:
         return True
@@ -173,6 +182,8 @@ class _File(io.RawIOBase):
 
 class _Unpacked:
     """gzip or zstd, with all its members; stopped where more comes out than the options allow."""
+
+    size: int | None = None
 
     def __init__(self, packed: _File, kind: str, options: ReadOptions) -> None:
         self.packed, self.kind, self.options, self.out = packed, kind, options, 0
@@ -208,6 +219,8 @@ class _Unpacked:
 
 class _Transcoded:
     """Text in any codec as UTF-8; what stands before a byte that cannot be decoded still comes out."""
+
+    size: int | None = None
 
     def __init__(self, path: str, source: Readable, encoding: str) -> None:
         self.path, self.source, self.encoding = path, source, encoding

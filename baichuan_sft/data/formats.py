@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from baichuan_sft.data.findings import RecordFault
-from baichuan_sft.data.texts import Place, escaped, inspect, key_names, kind, require_text, shown
+from baichuan_sft.data.texts import Place, escaped, inspect, is_blank, key_names, kind, require_text, shown
 from baichuan_sft.data.turns import TURN_KEYS, Message, check_order, read_turns, refuse_tools
 from baichuan_sft.errors import pick
 
@@ -21,6 +21,7 @@ __all__ = ["FORMATS", "Message", "check_order", "escaped", "kind", "parse", "sho
 # What data sets say about a record and nobody misses: not worth a line in the report.
 SILENT_KEYS = {"id", "idx", "source", "lang", "language", "category"}
 NOT_THERE = (None, "")  # values of an optional key
+MAX_NAMES, OTHER_KEYS = 200, "key:..."  # a file may give every record keys of its own
 Parsed = tuple[list[Message], list[RecordFault]]
 
 
@@ -38,7 +39,7 @@ def parse(
         data_format: a name in ``FORMATS``; None tells it from the keys of the record.
         merge_consecutive: join turns of one role in a row with a line break instead of refusing them.
         tally: counts what was accepted: ``turns``, ``format:belle``, ``role:human`` as written in the
-            file, ``key:NAME`` of each key of a record or turn that nothing reads.
+            file, ``key:NAME`` of each key of a record or turn that nothing reads (see ``count_name``).
     Returns:
         The messages, ending with an assistant turn or being one of role "text", and what is worth
         saying of them (DATA030 to DATA035).
@@ -90,12 +91,19 @@ def _count_names(raw: dict[str, Any], form: Format, tally: Counter[str]) -> None
     turns = raw[form.keys[0]]
     if type(turns) is list:
         roles = [turn.get("from") or turn["role"] for turn in turns]
-        for role in set(roles):
+        for role in dict.fromkeys(roles):
             tally["role:" + role] += roles.count(role)
         if sum(map(len, turns)) != 2 * len(turns):
             unread += [key for turn in turns for key in turn if key not in TURN_KEYS]
     for key in unread:
-        tally["key:" + shown(key, 30)[1:-1]] += 1
+        count_name(tally, "key:" + shown(key, 30)[1:-1])
+
+
+def count_name(tally: Counter[str], name: str, number: int = 1) -> None:
+    """``tally[name] += number``; keys that nothing reads share an entry once there are ``MAX_NAMES``."""
+    if len(tally) >= MAX_NAMES and name not in tally and name.startswith("key:"):
+        name = OTHER_KEYS
+    tally[name] += number
 
 
 def belle(raw: dict[str, Any], merge: bool) -> Parsed:
@@ -175,7 +183,7 @@ def _question(raw: dict[str, Any], turn: int) -> Parsed:
     (first,), notes = _message("user" if alone else "", raw["instruction"], turn, ("instruction",))
     if alone:
         return [first], notes
-    role = "" if first.text.strip() else "user"
+    role = "user" if is_blank(first.text) else ""
     (second,), more = _message(role, raw["input"], turn, ("input",))
     both = "\n".join(part for part in (first.text, second.text) if part)
     return [Message("user", both)], notes + more
@@ -184,7 +192,7 @@ def _question(raw: dict[str, Any], turn: int) -> Parsed:
 def text(raw: dict[str, Any], merge: bool) -> Parsed:
     """A record of continued pre-training: ``{"text"}``; every token of it is learnt."""
     messages, notes = _message("text", raw["text"], None, ("text",))
-    if not messages[0].text.strip():
+    if is_blank(messages[0].text):
         raise RecordFault("DATA020", '"text" is empty - nothing to learn', at=("text",))
     return messages, notes
 

@@ -11,13 +11,14 @@ import numpy as np
 import orjson
 
 from baichuan_sft.data.findings import Finding, RecordFault
-from baichuan_sft.data.json_text import MAX_DEPTH, RawRecord, SyntaxFault, decode, ends_early, locate
+from baichuan_sft.data.json_text import RawRecord, SyntaxFault, decode, ends_early, locate
 from baichuan_sft.data.sniff import EXPECTED, WHITE, Refused, Text, mib
 
 # 1 a quote, 2 an opening bracket, 3 a closing one
 CLASSES = np.zeros(256, np.uint8)
 CLASSES[list(b'"[{]}')] = 1, 2, 2, 3, 3
 TOKEN = re.compile(rb'[ \t\r\n]+|[,"]|[^ \t\r\n,"]+')
+TRAILING = "trailing comma before ]"
 FIRST, ITEM, COMMA = "an item or ]", "an item", ", or ]"  # what may come next between items
 SUSPECT = 8 << 20  # bytes of an open item after which it is looked at: is it long, or is a bracket missing?
 
@@ -32,12 +33,8 @@ class Brackets:
     def __init__(self) -> None:
         self.depth, self.in_string, self.carry = 0, False, False
 
-    def scan(self, block: bytes) -> tuple[list[int], int | None]:
-        """Positions of the brackets that take the depth from 0 to 1, back to 0, or below 0, in order.
-
-        The second value is the position of a bracket that nests deeper than ``MAX_DEPTH``; then those
-        before it come out only.
-        """
+    def scan(self, block: bytes) -> list[int]:
+        """Positions of the brackets that take the depth from 0 to 1, back to 0, or below 0, in order."""
         kinds, positions = self._marks(block)
         is_string = (np.cumsum(kinds == 1) + self.in_string) & 1
         if len(kinds):
@@ -48,11 +45,8 @@ class Brackets:
         depths = self.depth + np.cumsum(steps)
         if len(depths):
             self.depth = int(depths[-1])
-        is_edge = (depths < 0) | (depths - steps == 0) | (depths == 0)
-        if (deep := np.flatnonzero(depths > MAX_DEPTH)).size:
-            is_edge[deep[0] :] = False
-            return positions[is_edge].tolist(), int(positions[deep[0]])
-        return positions[is_edge].tolist(), None
+        edges: list[int] = positions[(depths < 0) | (depths - steps == 0) | (depths == 0)].tolist()
+        return edges
 
     def _marks(self, block: bytes) -> tuple[np.ndarray, np.ndarray]:
         """Classes and positions of quotes that are not escaped, and of brackets."""
@@ -77,10 +71,15 @@ class Brackets:
 
 
 class Array:
-    """The window on an array: what was read and not given out yet, and the place where that starts."""
+    """The window on an array: what was read and not given out yet, and the place where that starts.
+
+    Attributes:
+        before: of an item that goes on, the blocks before the one that is held.
+    """
 
     def __init__(self, text: Text) -> None:
         self.text, self.held, self.at = text, b"", 0
+        self.before: list[bytes] = []
         self.line, self.column, self.start = text.line, text.column + 1, text.start + 1
         self.item, self.expected = 0, FIRST
         self.suspect = min(SUSPECT, text.options.max_line)
@@ -96,8 +95,7 @@ class Array:
         for block in chain([first] if first else [], blocks):
             old = len(self.held) - self.at
             self.held, self.at = self.held[self.at :] + block, 0
-            edges, too_deep = brackets.scan(block)
-            for edge in edges:
+            for edge in brackets.scan(block):
                 if is_open:
                     yield self._take_record(old + edge + 1)
                 else:
@@ -105,9 +103,10 @@ class Array:
                     if self._is_close():
                         return self._end(blocks)
                 is_open = not is_open
-            if too_deep is not None:
-                raise self._too_deep(old + too_deep)
-            if not is_open:
+            if is_open:
+                self.before.append(self.held[self.at :])
+                self.held, self.at = b"", 0
+            else:
                 yield from self._between(len(self.held), is_cut=True)
             self._limit(len(self.held))
         if not is_open:
@@ -146,19 +145,19 @@ class Array:
             orjson.loads(data)
         except orjson.JSONDecodeError:
             if fault := _syntax_fault(data):
-                found = locate(record, fault, self.text.path)
-                text = f"{found.text}; nothing behind this item is read"
-                raise Refused(replace(found, text=text), data) from None
+                raise self._broken(record, fault) from None
         self.item, self.expected = self.item + 1, COMMA
         self.suspect = min(SUSPECT, self.text.options.max_line)
         return record
 
-    def _record(self, end: int) -> RawRecord:
-        return RawRecord(self.item, self.line, self.column, self.held[self.at : end], self.start)
+    def _peek(self, end: int) -> bytes:
+        data = self.held[self.at : end]
+        return b"".join([*self.before, data]) if self.before else data
 
     def _take(self, end: int) -> bytes:
         """The bytes up to ``end``, where the window starts from then on."""
-        data = self.held[self.at : end]
+        data = self._peek(end)
+        self.before.clear()
         if breaks := data.count(b"\n"):
             self.line, self.column = self.line + breaks, 1
         rest = data[data.rfind(b"\n") + 1 :] if breaks else data
@@ -169,14 +168,12 @@ class Array:
     def _require(self, *expected: str) -> None:
         if self.expected not in expected:
             after = f" after item {self.item - 1}" if self.expected is COMMA else ""
-            raise self._refused("DATA006", f"expected {self.expected}{after}")
+            raise self._unread("DATA006", f"expected {self.expected}{after}")
 
     def _is_close(self) -> bool:
         """Whether the bracket between items ends the list."""
         mark = self.held[self.at : self.at + 1]
         if mark == b"]":
-            if self.expected is ITEM:
-                raise self._refused("DATA006", "trailing comma before ]")
             return True
         self._require(FIRST, ITEM)
         if mark == b"}":
@@ -184,56 +181,69 @@ class Array:
         return False
 
     def _end(self, blocks: Iterator[bytes]) -> None:
-        """Require that nothing but white space stands behind the list, and that it had items."""
-        if not self.item:
-            place = (self.line, self.column)
-            raise Refused(Finding("DATA004", self.text.path, "no items, the list is empty", *place))
+        """Require that the list has items and no comma behind the last, and that nothing stands behind it."""
+        refused = None
+        if self.expected is not COMMA:
+            is_empty = self.expected is FIRST
+            fault = ("DATA004", "no items, the list is empty") if is_empty else ("DATA006", TRAILING)
+            refused = self._refused(*fault, item=None)
         self._take(self.at + 1)
         while True:
             self._take(len(self.held) - len(self.held[self.at :].lstrip(WHITE)))
             if self.at < len(self.held):
-                raise self._refused("DATA006", f"text after the end of the list; {EXPECTED}")
+                raise self._unread("DATA006", f"text after the end of the list; {EXPECTED}")
             block = next(blocks, b"")
+            if not block and refused:
+                raise refused
             if not block:
                 return
             self.held, self.at = block, 0
 
     def _limit(self, end: int) -> None:
         """Refuse an item that is too long; one that is no JSON so far lacks a quote or a bracket."""
-        size = end - self.at
+        size = sum(map(len, self.before)) + end - self.at
         if size > self.suspect:
             self.suspect *= 8
-            record = self._record(end)
-            assert isinstance(record.data, bytes)
-            fault = _syntax_fault(record.data)
-            if fault and not ends_early(record.data, fault):
-                raise Refused(locate(record, fault, self.text.path), record.data)
+            data = self._peek(end)
+            fault = _syntax_fault(data)
+            if fault and not ends_early(data, fault):
+                raise self._broken(self._record(data), fault)
         if size > self.text.options.max_line:
-            text = f"item longer than {mib(self.text.options.max_line)}"
-            raise self._refused("DATA008", text)
-
-    def _too_deep(self, position: int) -> Refused:
-        record = self._record(position + 1)
-        assert isinstance(record.data, bytes)
-        fault: RecordFault | None = _syntax_fault(record.data)
-        if fault is None or ends_early(record.data, fault):
-            offset = len(record.data[:-1].decode("utf-8", "replace"))
-            fault = RecordFault("DATA006", f"nesting deeper than {MAX_DEPTH}", offset=offset)
-        return Refused(locate(record, fault, self.text.path), record.data)
+            raise self._unread("DATA008", f"item longer than {mib(self.text.options.max_line)}")
 
     def _cut_off(self) -> Refused:
-        record = self._record(len(self.held))
-        assert isinstance(record.data, bytes)
-        fault = _syntax_fault(record.data) if record.data else None
+        data = self._peek(len(self.held))
+        fault = _syntax_fault(data) if data else None
         if fault is None:
-            return self._refused("DATA007", "the text ends without the ] of the list - truncated download?")
-        finding = locate(record, fault, self.text.path)
-        if ends_early(record.data, fault):
-            finding = replace(finding, code="DATA007")
-        return Refused(finding, record.data)
+            text = "the text ends without the ] of the list - truncated download?"
+            return self._refused("DATA007", text, item=None)
+        code = "DATA007" if ends_early(data, fault) else fault.code
+        return Refused(replace(locate(self._record(data), fault, self.text.path), code=code), data)
 
-    def _refused(self, code: str, text: str) -> Refused:
-        return Refused(Finding(code, self.text.path, text, self.line, self.column, self.item))
+    def _record(self, data: bytes) -> RawRecord:
+        return RawRecord(self.item, self.line, self.column, data, self.start)
+
+    def _broken(self, record: RawRecord, fault: SyntaxFault) -> Refused:
+        """The refusal of an item, and with it of all behind: nothing shows where the next item starts."""
+        assert isinstance(record.data, bytes) and record.start is not None
+        found = locate(record, fault, self.text.path)
+        rest = self._rest(record.start + len(record.data))
+        return Refused(replace(found, text=found.text + rest), record.data)
+
+    def _unread(self, code: str, text: str) -> Refused:
+        return self._refused(code, text + self._rest(self.start), self.item)
+
+    def _rest(self, start: int) -> str:
+        """Words for what is lost from byte ``start`` on."""
+        if self.text.size is None:
+            return "; nothing behind this item is read"
+        num = self.text.size - start
+        if not num:
+            return ""
+        return f"; the {num:,} byte{'s' * (num != 1)} behind it {'is' if num == 1 else 'are'} not read"
+
+    def _refused(self, code: str, text: str, item: int | None) -> Refused:
+        return Refused(Finding(code, self.text.path, text, self.line, self.column, item))
 
 
 def _syntax_fault(data: bytes) -> SyntaxFault | None:

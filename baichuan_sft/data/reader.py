@@ -54,7 +54,7 @@ def read_raw(
                 text = Text(path, source, options)
                 if text.skip_bom():
                     on_finding(Finding("DATA003", path, "byte order mark removed", 1, 1), None)
-                refuse_other_files(text)
+                refuse_other_files(text, is_json=layout == "json")
                 yield from read(text, on_finding)
     except Refused as refused:
         on_finding(refused.finding, refused.raw)
@@ -143,7 +143,9 @@ def _lines(text: Text) -> Iterator[tuple[bytes | None, int]]:
             pieces.clear()
         if not lines:
             continue
-        yield (None if held > limit else b"".join(pieces)), held + 1
+        line = b"".join(pieces)
+        pieces.clear()
+        yield (None if held > limit else line), held + 1
         last = lines.pop()
         for line in lines:
             yield (line if len(line) <= limit else None), len(line) + 1

@@ -12,26 +12,26 @@ from typing import Any
 import orjson
 
 from baichuan_sft.data.files import Readable, ReadOptions
-from baichuan_sft.data.findings import DataFault, Finding
+from baichuan_sft.data.findings import DataFault, Finding, RecordFault
 from baichuan_sft.data.formats import shown
-from baichuan_sft.data.json_text import COMMENTS, SKIPPER, explain, move, skip_space
+from baichuan_sft.data.json_text import COMMENTS, SKIPPER, ends_early, explain, move, skip_space
 
 HEAD = 1 << 20  # bytes looked at to tell what a file is
 BLOCK = 1 << 20  # bytes read at once
 WHITE = b" \t\r\n"
 BOM = b"\xef\xbb\xbf"
 EXPECTED = "expected a list of conversations or one per line"
-UTF16 = (
-    "looks like UTF-16 {} (byte order mark {}); pass --encoding utf-16 or convert: iconv -f utf-16 -t utf-8"
-)
+# Findings are kept by content: {path} becomes the name that the file has where they are shown.
+ICONV = "iconv -f {} -t utf-8 {{path}} > {{path}}.utf8"
+UTF16 = "looks like UTF-16 {} (byte order mark {}); pass --encoding utf-16 or convert: {}"
 MAGIC = {
-    b"\xff\xfe": ("DATA002", UTF16.format("LE", "FF FE")),
-    b"\xfe\xff": ("DATA002", UTF16.format("BE", "FE FF")),
+    b"\xff\xfe": ("DATA002", UTF16.format("LE", "FF FE", ICONV.format("utf-16"))),
+    b"\xfe\xff": ("DATA002", UTF16.format("BE", "FE FF", ICONV.format("utf-16"))),
     b"PAR1": ("DATA005", "a parquet file inside an archive, or where text is expected; unpack it first"),
-    b"PK\x03\x04": ("DATA005", "a zip file; unpack it first: unzip"),
-    b"BZh": ("DATA005", "a bzip2 file; unpack it first: bunzip2 -k"),
-    b"\xfd7zXZ": ("DATA005", "an xz file; unpack it first: unxz -k"),
-    b"7z\xbc\xaf": ("DATA005", "a 7z file; unpack it first: 7z x"),
+    b"PK\x03\x04": ("DATA005", "a zip file; unpack it first: unzip {path}"),
+    b"BZh": ("DATA005", "a bzip2 file; unpack it first: bunzip2 -k {path}"),
+    b"\xfd7zXZ": ("DATA005", "an xz file; unpack it first: unxz -k {path}"),
+    b"7z\xbc\xaf": ("DATA005", "a 7z file; unpack it first: 7z x {path}"),
     b"version https://git-lfs": ("DATA005", "a Git LFS pointer; fetch what it points to: git lfs pull"),
 }
 # Keys under which whole data sets are wrapped; a record has other ones.
@@ -53,10 +53,11 @@ class Text:
     Attributes:
         line, column, start: where ``head`` begins; start is its byte.
         head: the first MiB or, where ``is_whole``, all.
+        size: bytes of the whole, None where it is unpacked or transcoded.
     """
 
     def __init__(self, path: str, source: Readable, options: ReadOptions) -> None:
-        self.path, self.options, self.source = path, options, source
+        self.path, self.options, self.source, self.size = path, options, source, source.size
         self.line, self.column, self.start = 1, 1, 0
         self.head, self.is_whole = b"", False
         self.fault: Refused | None = None
@@ -120,28 +121,37 @@ class Text:
         return block
 
 
-def refuse_other_files(text: Text) -> None:
-    """Raise Refused for an archive, UTF-16, bytes of zero, or text that is GB18030 throughout."""
-    head, name = text.head, shlex.quote(text.path)
+def refuse_other_files(text: Text, is_json: bool) -> None:
+    """Raise Refused for an archive, UTF-16, bytes of zero, or text that is GB18030 throughout.
+
+    Plain text may begin like an archive; then only what is no UTF-8 or holds a zero tells that it is one.
+    """
+    head = text.head
+    may_begin_so = not is_json and b"\0" not in head and _utf8_fault(text) is None
     for magic, (code, what) in MAGIC.items():
-        if head.startswith(magic):
-            way_out = f" {name} > {name}.utf8" if code == "DATA002" else f" {name}" if ":" in what else ""
-            finding = Finding(code, text.path, what + way_out)
-            raise Refused(finding)
+        if head.startswith(magic) and not may_begin_so:
+            raise Refused(Finding(code, text.path, what))
     if not head.strip(b"\0"):
         raise Refused(Finding("DATA005", text.path, "starts with bytes of zero - written before a crash?"))
     if head[:4].count(0) == 2 and len({bool(byte) for byte in head[:4:2]}) == 1 and head[0] != head[1]:
         byte_order = "utf-16-be" if head[0] == 0 else "utf-16-le"
         raise Refused(Finding("DATA002", text.path, f"looks like UTF-16; pass --encoding {byte_order}"))
-    _refuse_gb18030(text, name)
+    _refuse_gb18030(text)
 
 
-def _refuse_gb18030(text: Text, name: str) -> None:
+def _utf8_fault(text: Text) -> int | None:
+    """Where the head stops being UTF-8."""
     try:
         codecs.getincrementaldecoder("utf-8")().decode(text.head, text.is_whole)
-        return
     except UnicodeDecodeError as error:
-        start = error.start
+        return error.start
+    return None
+
+
+def _refuse_gb18030(text: Text) -> None:
+    start = _utf8_fault(text)
+    if start is None:
+        return
     # Two bytes of GB18030 may look like one short UTF-8 character, hardly ever like one of three bytes.
     if max(text.head[:start].decode(), default="") >= "\u0800" or any(map(_is_utf8, text.head.split(b"\n"))):
         return
@@ -150,7 +160,7 @@ def _refuse_gb18030(text: Text, name: str) -> None:
     except UnicodeDecodeError:
         return
     what = f"not UTF-8: byte {text.head[start]:02X} at byte {text.start + start}"
-    way_out = f"pass --encoding gb18030 or convert: iconv -f gb18030 -t utf-8 {name} > {name}.utf8"
+    way_out = f"pass --encoding gb18030 or convert: {ICONV.format('gb18030')}"
     raise text.refused("DATA002", f"{what}; bytes decode as GB18030 - {way_out}", start)
 
 
@@ -194,6 +204,8 @@ def _is_object(line: bytes) -> bool:
 
 def _refuse_object(text: Text, first: bytes, others: list[bytes]) -> None:
     """Return when a text that starts with { is JSON Lines."""
+    if 2 * sum(map(_is_object, others)) > len(others):
+        return  # a first line that is broken in two is no reason to refuse the others
     is_one_line = _is_object(first)
     key = FIRST_KEY.match(text.head)
     is_wrapped = key is not None and key[1].decode("utf-8", "replace") in WRAPPERS
@@ -207,31 +219,30 @@ def _refuse_object(text: Text, first: bytes, others: list[bytes]) -> None:
         if "\n" not in decoded[:end] and not (is_one_line and is_wrapped):
             return  # the rest of the first line is wrong, or it is not UTF-8
         if skip_space(decoded, end) == len(decoded):
-            raise text.refused("DATA009", _one_object(text.path, value))
-        way_out = f"put one per line: jq -c . {shlex.quote(text.path)} > {shlex.quote(text.path)}.jsonl"
+            raise text.refused("DATA009", _one_object(value))
+        way_out = "put one per line: jq -c . {path} > {path}.jsonl"
         offset = len(decoded[: skip_space(decoded, end)].encode())
         raise text.refused("DATA009", f"several objects over many lines each; {way_out}", offset)
     except json.JSONDecodeError as error:
-        fault = error
+        fault = RecordFault("DATA006", explain(error), offset=error.pos)
     except RecursionError:
         return
-    ends_early = explain(fault).startswith("the text ends") or fault.pos >= len(decoded) - 12
-    if not text.is_whole and ends_early and key is not None:
+    if not text.is_whole and ends_early(text.head, fault) and key is not None:
         start: dict[str, Any] = {key[1].decode("utf-8", "replace"): [{}] if key[2] else None}
-        raise text.refused("DATA009", _one_object(text.path, start))
-    if not any(map(_is_object, others)) and "\n" in decoded[: fault.pos].rstrip():
-        raise text.refused("DATA006", explain(fault), len(decoded[: fault.pos].encode()))
+        raise text.refused("DATA009", _one_object(start))
+    before = decoded[: fault.offset]
+    if not any(map(_is_object, others)) and "\n" in before.rstrip():
+        raise text.refused("DATA006", fault.text, len(before.encode()))
 
 
-def _one_object(path: str, value: dict[str, Any]) -> str:
+def _one_object(value: dict[str, Any]) -> str:
     keys = ", ".join(shown(key, 30)[1:-1] for key in list(value)[:10])
     lists = [key for key, member in value.items() if isinstance(member, list)]
     what = f"expected a list of conversations, got an object with keys [{keys}]"
-    if len(lists) != 1:
+    if len(lists) != 1 or "{path}" in lists[0]:
         return what
     step = f".{lists[0]}" if re.fullmatch("[A-Za-z_]+", lists[0]) else f".[{shown(lists[0], 30)}]"
-    name = shlex.quote(path)
-    return f"{what}; take the list out: jq -c {shlex.quote(step + '[]')} {name} > {name}.jsonl"
+    return f"{what}; take the list out: jq -c {shlex.quote(step + '[]')} {{path}} > {{path}}.jsonl"
 
 
 def _what_is_it(head: bytes) -> tuple[str, str]:

@@ -16,6 +16,7 @@ import numpy as np
 from baichuan_sft.data import reader
 from baichuan_sft.data.check import Examined, Rules, blocks, examine, in_order
 from baichuan_sft.data.findings import Finding
+from baichuan_sft.data.formats import count_name
 from baichuan_sft.data.progress import Progress
 from baichuan_sft.data.reader import RawRecord
 from baichuan_sft.errors import EnvironmentFault
@@ -44,7 +45,7 @@ class Survey:
     shortest_prompt: int | None = None
 
     def add(self, found: Examined) -> None:
-        self.counts.update(found.counts)
+        add_counts(self.counts, found.counts)
         octaves = np.log2(np.maximum(found.characters, 1)) * BINS_PER_OCTAVE
         self.characters.update(octaves.astype(int).tolist())
         known = [*found.prompts, *([self.shortest_prompt] if self.shortest_prompt else [])]
@@ -70,9 +71,18 @@ class Survey:
 
     def merge(self, other: Survey) -> None:
         """Add what another file holds."""
-        self.counts.update(other.counts)
+        add_counts(self.counts, other.counts)
         self.characters.update(other.characters)
         self.errors += other.errors[: MAX_LISTED - len(self.errors)]
+
+
+def add_counts(total: Counter[str], part: Counter[str]) -> None:
+    """Add ``part``; of the keys that nothing reads only so many names are kept."""
+    for name, number in part.items():
+        if name.startswith("key:"):
+            count_name(total, name, number)
+        else:
+            total[name] += number
 
 
 class FindingLog:

@@ -13,6 +13,7 @@ from baichuan_sft.errors import first_line
 
 MAGIC = b"PAR1"
 BATCH = 256  # rows
+BUFFER = 1 << 20  # bytes of each column
 
 
 def is_parquet(path: str) -> bool:
@@ -30,7 +31,8 @@ def parquet_rows(path: str) -> Iterator[RawRecord]:
 
     item = 0
     try:
-        with parquet.ParquetFile(path) as file:
+        # Without a buffer a row group, which may be the whole file, is read at once.
+        with parquet.ParquetFile(path, buffer_size=BUFFER, pre_buffer=False) as file:
             for batch in file.iter_batches(batch_size=BATCH):
                 for row in batch.to_pylist():
                     yield _row(item, row)

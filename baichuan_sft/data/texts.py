@@ -18,6 +18,8 @@ CONTROL_TOKEN = re.compile(r"<(?:/?s|unk|reserved_\d+)>")
 # C0 without tab and line ends, DEL, C1, and what turns the direction of text around.
 CONTROL_CHARACTER = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 HARMLESS = "\n\r\t\u3000\xa0\u200b\u200d\ufeff"  # not printable in Python's eyes, common in Chinese text
+# White space and what has no width: nothing can be seen of a text that holds nothing else.
+BLANK = "".join(filter(str.isspace, map(chr, range(0x3001)))) + "\u200b\u200c\u200d\u2060\ufeff"
 
 Place = tuple[str | int, ...]
 
@@ -49,7 +51,11 @@ def clean(texts: list[str]) -> bool:
     joined = "".join(texts)
     if "<" in joined or "" in texts or any(map(str.isspace, texts)):
         return False
-    return _printable(joined)
+    return joined.isprintable() or (_printable(joined) and not any(map(is_blank, texts)))
+
+
+def is_blank(text: str) -> bool:
+    return not text.strip(BLANK)
 
 
 def _printable(text: str) -> bool:
@@ -73,7 +79,7 @@ def inspect(role: str, text: str, turn: int | None, at: Place) -> list[RecordFau
         what = f"lone surrogate U+{ord(half[0]):04X} - not encodable as UTF-8"
         raise RecordFault("DATA017", what, turn=turn, at=at)
     notes = []
-    if not text or text.isspace():
+    if is_blank(text):
         if role == "assistant":
             how = "only white space" if text else "empty"
             what = f"assistant text is {how} - it would teach the model to say nothing"
@@ -108,7 +114,12 @@ def kind(value: Any) -> str:
 def shown(text: str, limit: int = 80) -> str:
     """``text`` in double quotes for a terminal: cut at ``limit`` characters, control characters escaped."""
     cut = text if len(text) <= limit else text[:limit] + "..."
-    return '"' + "".join(escaped(char) for char in cut) + '"'
+    return f'"{plain(cut)}"'
+
+
+def plain(text: str) -> str:
+    """The text with everything escaped that moves a cursor or cannot be seen."""
+    return text if text.isprintable() else "".join(map(escaped, text))
 
 
 def escaped(char: str) -> str:

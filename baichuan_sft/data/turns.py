@@ -179,6 +179,9 @@ def _merge(messages: list[Message], key: str, notes: list[RecordFault]) -> tuple
         merged.append(Message(group[0].role, "\n".join(m.text for m in group), all(m.train for m in group)))
         if len(group) > 1:
             what = f"{len(group)} {group[0].role} turns in a row joined (turns {start}-{end - 1})"
+            untrained = [start + index for index, message in enumerate(group) if not message.train]
+            if 0 < len(untrained) < len(group):
+                what += f"; none of it is learnt, because turn {untrained[0]} is not"
             notes.append(RecordFault("DATA035", what, turn=start, at=(key, start)))
     return merged, starts
 

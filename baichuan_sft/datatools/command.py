@@ -13,19 +13,17 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
-import numpy as np
-
 from baichuan_sft.arguments import Parser
 from baichuan_sft.data import cache, files
 from baichuan_sft.data.arguments import DataArguments, add_options, with_truth
 from baichuan_sft.data.check import Rules, blocks, examine
-from baichuan_sft.data.duplicates import Duplicates
+from baichuan_sft.data.duplicates import Copies, Duplicates
 from baichuan_sft.data.findings import DataFault, Finding
 from baichuan_sft.data.formats import Message
 from baichuan_sft.data.prepare import report_directory, rules_for, workers_for, write_findings
 from baichuan_sft.data.reader import read_raw
 from baichuan_sft.data.sources import Source, parse_sources
-from baichuan_sft.data.survey import MAX_LISTED, FindingLog, Survey, layout_of, survey_file
+from baichuan_sft.data.survey import FindingLog, Survey, layout_of, survey_file
 from baichuan_sft.errors import UserError
 
 # Of DataArguments; the others are about training.
@@ -125,7 +123,7 @@ class Check:
     surveys: list[Survey] = field(default_factory=list)
     first: list[tuple[str, list[Message]]] = field(default_factory=list)
     duplicates: Duplicates = field(default_factory=Duplicates)
-    copies: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    copies: Copies | None = None
     tokenizer: Any = None
     data: Any = None
 
@@ -151,15 +149,15 @@ def check(args: Any) -> int:
     root = cache.cache_root(args.cache_dir)
     for which in range(len(sources)):
         _survey(found, which, root, args.preprocessing_num_workers)
-    found.copies, firsts = found.duplicates.copies()
+    found.copies = found.duplicates.copies()
     usable = _is_usable(found, args.on_error)
     if usable and args.fix:
         write_fixed(found, Path(args.fix), args.dedup)
     if usable and args.tokenizer and None not in found.states:
         _measure(found, args, flags)
         usable = _is_usable(found, args.on_error)
-    _report_copies(found, firsts)
-    dropped = len(found.copies) if args.dedup else 0
+    _report_copies(found, found.copies)
+    dropped = found.copies.total if args.dedup else 0
     for state in found.states:
         if usable and state is not None:
             cache.pin(state, root)
@@ -235,18 +233,18 @@ def _conversations(source: Source, rules: Rules) -> Iterator[tuple[str, list[Mes
             yield place, messages
 
 
-def _report_copies(found: Check, firsts: np.ndarray) -> None:
-    """A warning for each of the first thousand copies."""
-    if not len(found.copies):
+def _report_copies(found: Check, copies: Copies) -> None:
+    """A warning for each copy that is listed."""
+    if not copies.total:
         return
     survey = Survey()
     with FindingLog(found.directory, survey) as log:
-        for copy, first in zip(found.copies[:MAX_LISTED], firsts):
+        for copy, first in zip(copies.copies, copies.firsts):
             source, item = _where(found, int(copy))
             other, first_item = _where(found, int(first))
             of = f"item {first_item}" + ("" if other == source else f" of {other}")
             log.add(Finding("DATA034", source, f"exact duplicate of {of}", item=item), None)
-    found.surveys[0].counts["code:DATA034"] += len(found.copies)
+    found.surveys[0].counts["code:DATA034"] += copies.total
 
 
 def _where(found: Check, record: int) -> tuple[str, int]:
@@ -263,13 +261,14 @@ def write_fixed(found: Check, out: Path, dedup: bool) -> None:
     for source in found.sources:
         if out.exists() and os.path.exists(source.path) and out.samefile(source.path):
             raise UserError(f"--fix {out}: is one of the files that are read; name another one")
-    is_copy = np.zeros(found.duplicates.size, bool)
-    is_copy[found.copies] = dedup
+    states = [state for state in found.states if state is not None]
+    for state in states:
+        cache.require_unchanged(state, hashed=True)
     try:
         # Beside it, under a name that nobody has: a full disk leaves what was there.
         with tempfile.NamedTemporaryFile("w", dir=out.parent, encoding="utf-8", delete=False) as file:
             try:
-                _write_good(found, file, is_copy)
+                _write_good(found, file, dedup)
             except BaseException:
                 os.unlink(file.name)
                 raise
@@ -277,18 +276,18 @@ def write_fixed(found: Check, out: Path, dedup: bool) -> None:
         os.replace(file.name, out)
     except OSError as error:
         raise UserError(f"--fix {out}: cannot be written: {error.strerror}") from None
-    for state in found.states:
-        if state is not None:
-            cache.require_unchanged(state, hashed=True)
+    for state in states:
+        cache.require_unchanged(state, hashed=True)
 
 
-def _write_good(found: Check, file: IO[str], is_copy: np.ndarray) -> None:
+def _write_good(found: Check, file: IO[str], dedup: bool) -> None:
+    assert found.copies is not None
     record = 0
     for source in found.sources:
         if not os.path.exists(source.path):
             continue
         for _, messages in _conversations(source, rules_for(source, found.rules)):
-            if record >= len(is_copy) or not is_copy[record]:
+            if not (dedup and found.copies.is_copy(record)):
                 file.write(json.dumps(as_record(messages), ensure_ascii=False) + "\n")
             record += 1
 

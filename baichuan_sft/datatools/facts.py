@@ -11,64 +11,42 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from baichuan_sft.data.findings import CODES, Finding
-from baichuan_sft.data.formats import Message, escaped
+from baichuan_sft.data.formats import Message
 from baichuan_sft.data.length import fit
 from baichuan_sft.data.survey import BINS_PER_OCTAVE, Survey
 from baichuan_sft.data.template import Rendered, render
+from baichuan_sft.data.texts import plain
 from baichuan_sft.errors import UserError
 
 if TYPE_CHECKING:
     from baichuan_sft.datatools.command import Check
 
 MAX_ROWS = 12  # of the histogram
-MAX_TEXT = 300  # characters of a text in an example
+MAX_TEXT, MAX_TURNS = 300, 20  # characters of a text in an example, and turns where it is not tokenised
 MAX_PLACES = 3  # findings quoted for each code
 REPORTS = ("report.html", "data_report.jsonl", "rejected.jsonl")
 SEVERITIES = ("ERROR", "WARN", "NOTE")
 CODE = re.compile(r'"code": "(\w+)"')
-# field of a report -> what became of these records
-PARTS = {
-    "used": "used",
-    "rejected": "rejected",
-    "duplicates_dropped": "duplicates dropped",
-    "no_target": "without a target",
-    "too_long": "too long",
-    "not_drawn": "not drawn",
-}
-TOKEN_PARTS = {"tokens_used": "used", "tokens_lost": "lost to length", "tokens_not_used": "not used"}
 
 Bar = tuple[int, int, int]  # first and last length, number of conversations
-
-
-def record_parts(found: Check, dropped: int) -> dict[str, int]:
-    """What became of the records; together they are all that were read."""
-    if found.data is not None:
-        report = found.data.report
-        read, parts = report.total("read"), {words: report.total(name) for name, words in PARTS.items()}
-    else:
-        total = found.total
-        read, rejected = total.counts["read"], total.counts["rejected"]
-        good = total.characters.total()
-        parts = {"used": good - dropped, "rejected": rejected, "duplicates dropped": dropped}
-    assert read == sum(parts.values()) and min(parts.values()) >= 0, (read, parts)
-    return parts
-
-
-def token_parts(found: Check) -> dict[str, int]:
-    """What became of the tokens, none where they were not counted."""
-    if found.data is None:
-        return {}
-    return {words: found.data.report.total(name) for name, words in TOKEN_PARTS.items()}
 
 
 def balances(found: Check, dropped: int) -> list[str]:
     """``read 10,000 = used 9,993 + rejected 5 + duplicates dropped 2``, and the same of the tokens."""
     if found.data is not None:
         return [found.data.report.balance(), found.data.report.token_balance()]
-    parts = record_parts(found, dropped)
-    rest = {words: number for words, number in parts.items() if number and words != "used"} or {"rejected": 0}
-    sums = " + ".join(f"{words} {number:,}" for words, number in rest.items())
-    return [f"read {sum(parts.values()):,} = used {parts['used']:,} + {sums}"]
+    total = found.total
+    read, rejected, used = total.counts["read"], total.counts["rejected"], total.characters.total() - dropped
+    assert read == used + rejected + dropped and used >= 0, (read, rejected, used, dropped)
+    copies = f" + duplicates dropped {dropped:,}" if dropped else ""
+    return [f"read {read:,} = used {used:,} + rejected {rejected:,}{copies}"]
+
+
+def parts_of(balance: str) -> dict[str, int]:
+    """The terms of its sum: ``read 5 = used 3 + rejected 2; 1 held out`` -> used 3, rejected 2."""
+    terms = balance.partition(" = ")[2].partition(";")[0].split(" + ")
+    pairs = [term.rsplit(" ", 1) for term in terms]
+    return {words: int(number.replace(",", "")) for words, number in pairs}
 
 
 def counts_of(found: Check) -> Counter[str]:
@@ -147,20 +125,27 @@ def named(survey: Survey, kind: str) -> dict[str, int]:
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
 
+def numbers_of(survey: Survey) -> list[str]:
+    """Records, rejected ones, good ones and turns."""
+    counts = survey.counts
+    numbers = [counts["read"], counts["rejected"], survey.characters.total(), counts["turns"]]
+    return [f"{number:,}" for number in numbers]
+
+
 def remarks(found: Check, dropped: int) -> dict[str, str]:
     """One line on whatever else is there; nothing on what is not."""
     total, counts = found.total, counts_of(found)
     good = total.characters.total()
     lines = {}
     if found.data is not None:
-        rules = found.rules
-        lines["cut"] = f"{of(counts['cut'], good)} to {rules.max_length:,} tokens ({rules.truncation})"
+        report = found.data.report
+        lines["cut"] = f"{of(counts['cut'], good)} to {report.max_length:,} tokens ({report.truncation})"
         lines["no target left"] = of(counts["no_target"], good)
-    if len(found.copies):
+    if copies := counts["code:DATA034"]:
         if found.data is not None:
-            dropped = found.data.report.total("duplicates_dropped")
+            dropped = report.total("duplicates_dropped")
         state = "left out" if dropped else "kept; --dedup leaves them out"
-        lines["copies"] = f"{of(len(found.copies), good)} equal to an earlier one, {state}"
+        lines["copies"] = f"{of(copies, good)} equal to an earlier one, {state}"
     if unread := named(total, "key"):
         lines["keys not read"] = listed(unread)
     if shares := languages(total):
@@ -180,15 +165,17 @@ def listed(counts: dict[str, int], limit: int = 10) -> str:
     return ", ".join(shown + [f"... {len(counts) - limit:,} more"] * (len(counts) > limit))
 
 
-def plain(text: str) -> str:
-    """The text with everything escaped that moves a cursor or cannot be seen."""
-    return "".join(map(escaped, text))
-
-
 def shortened(text: str) -> str:
-    """At most ``MAX_TEXT`` characters, and how many more there are."""
+    """At most ``MAX_TEXT`` characters, printable, and how many more there are."""
     more = len(text) - MAX_TEXT
-    return text if more <= 0 else f"{text[:MAX_TEXT]} ... {more:,} more"
+    return plain(text[:MAX_TEXT]) + (f" ... {more:,} more" if more > 0 else "")
+
+
+def turns_of(messages: list[Message]) -> list[tuple[str, str]]:
+    """Role and text of the first turns, and how many more there are."""
+    more = len(messages) - MAX_TURNS
+    turns = [(message.role, shortened(message.text)) for message in messages[:MAX_TURNS]]
+    return turns + [("...", f"{more:,} more turns")] * (more > 0)
 
 
 def rendered(found: Check, messages: list[Message]) -> Rendered:

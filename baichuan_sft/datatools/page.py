@@ -11,6 +11,7 @@ from baichuan_sft.data.cache import Identity
 from baichuan_sft.data.findings import CODES
 from baichuan_sft.data.formats import Message
 from baichuan_sft.data.survey import Survey
+from baichuan_sft.data.texts import plain
 from baichuan_sft.datatools import facts
 from baichuan_sft.datatools.page_style import CHINESE, COLOUR, STYLE
 from baichuan_sft.datatools.preview import MARKER, SEEN, TRAINED, num_targets, pieces
@@ -50,7 +51,7 @@ def write_page(found: Check, path: Path, *, dropped: int = 0) -> None:
 
 def _e(text: Any) -> str:
     """Text of the data or of a file name as it may stand in HTML."""
-    return html.escape(facts.plain(str(text)))
+    return html.escape(plain(str(text)))
 
 
 def _label(english: str) -> str:
@@ -72,9 +73,8 @@ def _verdict(found: Check) -> str:
 
 
 def _balance(found: Check, dropped: int) -> str:
-    parts = [facts.record_parts(found, dropped), facts.token_parts(found)]
-    bars = [_stack(part) for part in parts]
-    return "".join(f"<p>{_e(line)}</p>{bar}" for line, bar in zip(facts.balances(found, dropped), bars))
+    lines = facts.balances(found, dropped)
+    return "".join(f"<p>{_e(line)}</p>{_stack(facts.parts_of(line))}" for line in lines)
 
 
 def _stack(parts: dict[str, Any], form: str = "{:,}") -> str:
@@ -143,7 +143,7 @@ def _findings(found: Check) -> str:
     rows = []
     for code, number in codes.items():
         severity, title = CODES[code]
-        places = "<br>".join(_e(f"{first.place()}: {first.text}") for first in firsts.get(code, []))
+        places = "<br>".join(_e(f"{first.place()}: {first.words}") for first in firsts.get(code, []))
         rows.append(
             [f'<b class="{severity}">{severity}</b>', code, f"{number:,}", title, f"<small>{places}</small>"]
         )
@@ -154,7 +154,7 @@ def _errors(found: Check) -> str:
     errors = found.total.errors
     if not errors:
         return ""
-    rows = [[f"<code>{error.code}</code>", _e(error.place()), _e(error.text)] for error in errors]
+    rows = [[f"<code>{error.code}</code>", _e(error.place()), _e(error.words)] for error in errors]
     more = facts.counts_of(found)["errors"] - len(errors)
     rest = f"<p>... and {more:,} more in data_report.jsonl</p>" if more else ""
     return f'<div id="errors">{_table(["code", "place", "text"], rows)}</div>{rest}'
@@ -170,22 +170,17 @@ def _files(found: Check) -> str:
 
 
 def _file(state: Identity | None, survey: Survey) -> list[str]:
-    counts = survey.counts
-    numbers = [counts["read"], counts["rejected"], survey.characters.total(), counts["turns"]]
     names = [_e(facts.listed(facts.named(survey, kind))) for kind in ("format", "role")]
-    return [f"<code>{state.sha256[:12] if state else ''}</code>", *[f"{n:,}" for n in numbers], *names]
+    return [f"<code>{state.sha256[:12] if state else ''}</code>", *facts.numbers_of(survey), *names]
 
 
 def _example(found: Check, place: str, messages: list[Message]) -> str:
     if found.tokenizer is None:
-        texts = [
-            f"<p><b>{_e(m.role)}</b> {html.escape(facts.shortened(facts.plain(m.text)))}</p>"
-            for m in messages
-        ]
+        texts = [f"<p><b>{_e(role)}</b> {_e(text)}</p>" for role, text in facts.turns_of(messages)]
         return f"<article><h3>{_e(place)}</h3>{''.join(texts)}</article>"
     segment = facts.rendered(found, messages)
     spans = [
-        f'<span class="{CLASSES[style]}">{html.escape(facts.shortened(text))}</span>'
+        f'<span class="{CLASSES[style]}">{_e(facts.shortened(text))}</span>'
         for text, style in pieces(segment, found.tokenizer)
     ]
     counts = f"{num_targets(segment)} / {len(segment.input_ids)} {_label('tokens trained')}"

@@ -12,6 +12,7 @@ from rich.text import Text
 from baichuan_sft.data.findings import CODES
 from baichuan_sft.data.formats import Message
 from baichuan_sft.data.survey import Survey
+from baichuan_sft.data.texts import plain
 from baichuan_sft.datatools.facts import (
     REPORTS,
     balances,
@@ -21,12 +22,13 @@ from baichuan_sft.datatools.facts import (
     length_histogram,
     listed,
     named,
+    numbers_of,
     percentiles,
-    plain,
     range_of,
     remarks,
     rendered,
     shortened,
+    turns_of,
 )
 from baichuan_sft.datatools.preview import joined, num_targets, pieces
 
@@ -45,7 +47,7 @@ def show(found: Check, *, dropped: int) -> None:
     Args:
         dropped: records left out because they are equal to an earlier one.
     """
-    console = Console(highlight=False, emoji=False)
+    console = Console(markup=False, highlight=False, emoji=False)  # a file may be named "[bold].jsonl"
     if not console.is_terminal:
         console.width = PIPE_WIDTH
     _errors(console, found)
@@ -82,7 +84,7 @@ def _findings(console: Console, found: Check) -> None:
         table.add_row(Text(severity, COLOUR[severity]), code, f"{number:,}", title)
         if severity != "ERROR" and code in firsts:
             first = firsts[code][0]
-            table.add_row("", "", "", Text(plain(f"{first.place()}: {first.text}"), "dim"))
+            table.add_row("", "", "", Text(plain(f"{first.place()}: {first.words}"), "dim"))
     console.print(table, "")
 
 
@@ -96,11 +98,9 @@ def _files(console: Console, found: Check) -> None:
     console.print(table, "")
 
 
-def _row(survey: Survey) -> list[Text]:
-    counts = survey.counts
-    numbers = [counts["read"], counts["rejected"], survey.characters.total(), counts["turns"]]
+def _row(survey: Survey) -> list[str]:
     names = "; ".join(filter(None, [listed(named(survey, kind)) for kind in ("format", "role")]))
-    return [*[Text(f"{number:,}") for number in numbers], Text(names)]
+    return [*numbers_of(survey), names]
 
 
 def _table(*columns: str) -> Table:
@@ -122,7 +122,8 @@ def _lengths(console: Console, found: Check) -> None:
     left, right = max(map(len, labels)), len(f"{most:,}")
     console.print(f"length in {unit}", style="bold")
     for label, (_, _, number) in zip(labels, bars):
-        console.print(f"{label:>{left}} {number:>{right},} [cyan]{_bar(number / most)}[/]")
+        bar = (_bar(number / most), "cyan")
+        console.print(Text.assemble(f"{label:>{left}} {number:>{right},} ", bar))
     if found.data is not None:
         cut = f"{found.rules.max_length:,} "
         console.print(f"{cut:─>{left + 1}}{'':─<{right + 1 + BAR}} cut", style="dim")
@@ -159,9 +160,8 @@ def _examples(console: Console, found: Check) -> None:
 
 def _conversation(found: Check, messages: list[Message], coloured: bool) -> Text:
     if found.tokenizer is None:
-        lines = [(f"{m.role}: ", "dim") for m in messages]
-        texts = [shortened(plain(m.text)) for m in messages]
-        return Text("\n").join([Text.assemble(role, text) for role, text in zip(lines, texts)])
+        turns = turns_of(messages)
+        return Text("\n").join([Text.assemble((f"{role}: ", "dim"), text) for role, text in turns])
     segment = rendered(found, messages)
     short = [(shortened(text), style) for text, style in pieces(segment, found.tokenizer)]
     counts = f"  {num_targets(segment)} of {len(segment.input_ids)} tokens trained"
