@@ -27,6 +27,7 @@ lint: .venv/installed
 
 bench: .venv/installed
 	$(BIN)/python benchmarks/head_memory.py
+	@echo "with data of your own: benchmarks/data.py and benchmarks/packing.py, see their --help"
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
