@@ -187,11 +187,15 @@ def test_log_has_speed_and_padding(train):
     assert 0 < row["padding_share"] < 1
 
 
-def test_packing_says_what_it_does_and_warns_where_one_update_takes_all(train, capsys):
+def test_packing_says_what_it_does_and_warns_where_one_update_takes_all(train, capsys, monkeypatch):
     train(packing_tokens=600, per_device_train_batch_size=1, gradient_accumulation_steps=2)
     said = capsys.readouterr().out
     assert "packing: 70 conversations in 4 rows of 600 tokens, 83.7 % useful" in said
     assert "% useful; 2 rows per update, 2 updates per epoch" in said and "one update per epoch" not in said
+    with monkeypatch.context() as patch:  # the same again comes from the cache
+        patch.setattr("baichuan_sft.data.packing.plan", lambda *a, **k: pytest.fail("planned again"))
+        train(packing_tokens=600, per_device_train_batch_size=1, gradient_accumulation_steps=2)
+    assert "packing: 70 conversations in 4 rows of 600 tokens, 83.7 % useful" in capsys.readouterr().out
     train(packing_tokens=600, per_device_train_batch_size=8)
     assert "all 70 conversations are in one update per epoch, which has room for 8" in capsys.readouterr().out
     train(packing=False)

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from baichuan_sft.data.progress import Progress
 from baichuan_sft.data.template import IGNORE
 
 Segment = Mapping[str, Any]  # "input_ids" and "labels" of one length, "item": number of its record
@@ -137,20 +138,27 @@ def _fill_exactly(sizes: list[int], capacity: int, window: int) -> list[list[int
     rows: list[list[int]] = []
     pool = _Pool(capacity)
     seen = 0
-    while seen < len(sizes) or pool.count:
-        for place in range(seen, min(seen + window - pool.count, len(sizes))):
-            pool.put(place, sizes[place])
-            seen += 1
-        row: list[int] = []
-        room = capacity
-        while longest := pool.longest(room):
-            if last := pool.find_last(room, slack=capacity // 256):
-                row += map(pool.take, last)
-                break
-            row.append(pool.take(longest))
-            room -= longest
-        rows.append(row)
+    with Progress("packing", len(sizes)) as progress:
+        while seen < len(sizes) or pool.count:
+            for place in range(seen, min(seen + window - pool.count, len(sizes))):
+                pool.put(place, sizes[place])
+                seen += 1
+            rows.append(_fill_row(pool, capacity))
+            if not len(rows) % 1024:
+                progress.update(seen - pool.count)
     return rows
+
+
+def _fill_row(pool: _Pool, capacity: int) -> list[int]:
+    """Take the segments of one row out of the pool."""
+    row: list[int] = []
+    room = capacity
+    while longest := pool.longest(room):
+        if last := pool.find_last(room, slack=capacity // 256):
+            return row + [pool.take(size) for size in last]
+        row.append(pool.take(longest))
+        room -= longest
+    return row
 
 
 class _Pool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from typing import Any
@@ -12,7 +13,7 @@ QUIET_SECONDS, LINE_SECONDS = 2, 10
 class Progress:
     """Counts towards ``total`` on stderr: a bar on a terminal, a line every ten seconds elsewhere.
 
-    Nothing is shown of what ends within two seconds.
+    Nothing is shown of what ends within two seconds, and by one process of each host only.
 
     Args:
         label: what is done ("checking train.jsonl").
@@ -35,7 +36,7 @@ class Progress:
     def update(self, done: int) -> None:
         """``done`` of ``total`` are behind us."""
         now = time.monotonic()
-        if now - self.started < QUIET_SECONDS:
+        if now - self.started < QUIET_SECONDS or os.environ.get("LOCAL_RANK", "0") != "0":
             return
         if sys.stderr.isatty():
             bar = self._bar()

@@ -14,9 +14,11 @@ from typing import Any
 import numpy as np
 
 from baichuan_sft.data.check import Segments
+from baichuan_sft.data.progress import Progress
 from baichuan_sft.errors import EnvironmentFault
 
 TOTALS = "totals.json"
+COLUMNS = ("length", "targets", "item", "hash")  # of each segment, held in memory
 SHARD_TOKENS = 64 << 20  # 512 MiB of ids and labels
 
 
@@ -81,36 +83,36 @@ class TokenDataset:
     """
 
     def __init__(self, directories: Iterable[Path]) -> None:
+        self.batches: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []  # offsets, ids, labels
+        columns: dict[str, list[np.ndarray]] = {name: [] for name in (*COLUMNS, "source")}
+        directories = list(directories)
+        shards = [(i, sorted(path.glob("data-*.arrow"))) for i, path in enumerate(directories)]
+        with Progress("opening prepared data", sum(len(files) for _, files in shards)) as progress:
+            done = 0
+            for source, files in shards:
+                first = len(self.batches)
+                for file in files:
+                    self._map(file, source, columns)
+                    progress.update(done := done + 1)
+                _require_whole(directories[source], self.batches[first:])
+        joined = {name: np.concatenate(arrays or [np.empty(0, np.int64)]) for name, arrays in columns.items()}
+        self.starts = np.cumsum([0, *(len(offsets) - 1 for offsets, _, _ in self.batches)])
+        self.index = np.arange(self.starts[-1])
+        self.lengths, self.targets, self.sources = joined["length"], joined["targets"], joined["source"]
+        self.items, self.hashes = joined["item"], joined["hash"]
+
+    def _map(self, file: Path, source: int, columns: dict[str, list[np.ndarray]]) -> None:
+        """Add the batches of one shard: ids and labels as views of the file, the rest in memory."""
         import pyarrow as pa
 
-        self.batches: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []  # offsets, ids, labels
-        parts: dict[str, list[np.ndarray]] = {
-            "lengths": [],
-            "targets": [],
-            "item": [],
-            "hash": [],
-            "source": [],
-        }
-        starts = [0]
-        for source, directory in enumerate(directories):
-            before, num_tokens = starts[-1], 0
-            for shard in sorted(directory.glob("data-*.arrow")):
-                for batch in pa.ipc.open_stream(pa.memory_map(str(shard))).read_all().to_batches():
-                    ids, labels = batch["input_ids"], batch["labels"]
-                    offsets = ids.offsets.to_numpy()
-                    self.batches.append((offsets, ids.values.to_numpy(), labels.values.to_numpy()))
-                    parts["lengths"].append(np.diff(offsets))
-                    for name in ("targets", "item", "hash"):
-                        parts[name].append(batch[name].to_numpy())
-                    parts["source"].append(np.full(len(batch), source, np.int32))
-                    starts.append(starts[-1] + len(batch))
-                    num_tokens += int(offsets[-1] - offsets[0])
-            _require_whole(directory, starts[-1] - before, num_tokens)
-        self.starts = np.array(starts)
-        self.index = np.arange(starts[-1])
-        joined = {name: np.concatenate(arrays or [np.empty(0, np.int64)]) for name, arrays in parts.items()}
-        self.lengths, self.targets, self.sources = joined["lengths"], joined["targets"], joined["source"]
-        self.items, self.hashes = joined["item"], joined["hash"]
+        for batch in pa.ipc.open_stream(pa.memory_map(str(file))).read_all().to_batches():
+            ids, labels = batch["input_ids"], batch["labels"]
+            offsets = ids.offsets.to_numpy()
+            self.batches.append((offsets, ids.values.to_numpy(), labels.values.to_numpy()))
+            columns["length"].append(np.diff(offsets))
+            columns["source"].append(np.full(len(batch), source, np.int32))
+            for name in COLUMNS[1:]:
+                columns[name].append(batch[name].to_numpy())
 
     def __len__(self) -> int:
         return len(self.index)
@@ -143,16 +145,20 @@ class TokenDataset:
         return np.flatnonzero(np.concatenate([[True], changes])[: len(self)])
 
 
-def _require_whole(directory: Path, num_segments: int, num_tokens: int) -> None:
+def _require_whole(directory: Path, batches: list[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> None:
     """
     Raises:
         EnvironmentFault: the shards do not hold what was written.
     """
+    found = [
+        sum(len(batch[0]) - 1 for batch in batches),
+        sum(int(batch[0][-1] - batch[0][0]) for batch in batches),
+    ]
     try:
         written = json.loads((directory / TOTALS).read_text())
     except (OSError, ValueError):
         written = None
-    if written != [num_segments, num_tokens]:
+    if written != found:
         raise EnvironmentFault(
             f"{directory}: damaged data in the cache; delete this directory and start again"
         )
