@@ -125,6 +125,20 @@ def test_error_is_a_finding_with_its_place(build, tmp_path):
     assert report.balance() == "read 2 = used 1 + rejected 1"
 
 
+@pytest.mark.parametrize(
+    "truncation, words",
+    [("cut_turns", "10 tokens, the prompt alone 8: no supervised token"), ("drop", "10 tokens;")],
+)
+def test_what_is_dropped_for_its_length_is_named(build, tmp_path, truncation, words):
+    path = write(tmp_path / "x.json", [pair("a", "b"), pair("，，，，，，", "b")])
+    data = build([path], max_length=7, truncation=truncation, report_dir=tmp_path / "out")
+    (line,) = (tmp_path / "out" / "data_report.jsonl").read_text().splitlines()
+    finding = json.loads(line)
+    assert (finding["severity"], finding["code"], finding["item"]) == ("WARN", "DATA036", 1)
+    assert finding["text"].startswith(words) and finding["text"].endswith("model_max_length is 7")
+    assert data.report.counts["code:DATA036"] == 1
+
+
 def test_nothing_left_names_the_way_out(build, tmp_path):
     path = write(tmp_path / "x.json", [pair("，，，，", "b"), pair("，，", "b")])
     words = r"max_length 3 .* the shortest prompt is 4 tokens\. Pass a --model_max_length of at least 6"

@@ -192,7 +192,12 @@ def _tokenise(
         found.counts.update({why: 1, "rendered": total, "lost": total - left})
         found.counts["cut"] += bool(kept) and left < total
         if not kept:
-            found.prompts += filter(None, [length.prompt_tokens(segment)])
+            prompt = length.prompt_tokens(segment) or total
+            found.prompts.append(prompt)
+            what = f"prompt alone is {prompt} tokens" if prompt >= rules.max_length else f"{total} tokens"
+            rest = "" if why == "too_long" else ": no supervised token would remain"
+            note = RecordFault("DATA036", f"{what} > model_max_length {rules.max_length}{rest}")
+            _note(found, reader.locate(record, note, path))
         pieces += [(record.item, content, piece) for piece in kept]
     found.segments = _lay_out(pieces)
 

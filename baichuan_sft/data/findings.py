@@ -40,6 +40,7 @@ CODES: dict[str, tuple[str, str]] = {
     "DATA033": ("WARN", "control characters in a text"),
     "DATA034": ("WARN", "exact duplicate"),
     "DATA035": ("NOTE", "turns of one role joined"),
+    "DATA036": ("WARN", "dropped for its length"),
     "DATA090": ("ERROR", "file changed after it was checked"),
 }
 

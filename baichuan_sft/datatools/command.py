@@ -20,7 +20,7 @@ from baichuan_sft.data.check import Rules, blocks, examine
 from baichuan_sft.data.duplicates import Copies, Duplicates
 from baichuan_sft.data.findings import DataFault, Finding
 from baichuan_sft.data.formats import Message
-from baichuan_sft.data.prepare import report_directory, rules_for, workers_for, write_findings
+from baichuan_sft.data.prepare import report_directory, rules_for, workers_for
 from baichuan_sft.data.reader import read_raw
 from baichuan_sft.data.sources import Source, parse_sources
 from baichuan_sft.data.survey import FindingLog, Survey, layout_of, survey_file
@@ -29,6 +29,7 @@ from baichuan_sft.errors import UserError
 # Of DataArguments; the others are about training.
 SHARED = """data_format model_max_length truncation train_on on_error dedup merge_consecutive encoding
     max_line_mib max_unpacked_gib allow_outside cache_dir preprocessing_num_workers""".split()
+OF_LENGTH = ("DATA024", "DATA036")  # what only a tokenizer can find
 EXAMPLE = """baichuan-sft data check data/belle_chat.json 'more/*.jsonl.gz' --output_dir check
   baichuan-sft data check train.jsonl --on-error skip --fix clean.jsonl --dedup
   baichuan-sft data prepare train.jsonl --tokenizer ~/models/Baichuan2-7B-Base --model_max_length 4096"""
@@ -177,14 +178,19 @@ def _measure(found: Check, args: Any, flags: DataArguments) -> None:
     from baichuan_sft.data.dataset import build_dataset
 
     found.tokenizer = load_tokenizer(args.tokenizer)
-    options = {**flags.options(), "on_error": "skip"}
-    found.data = build_dataset(args.paths, found.tokenizer, found.rules, **options)
-    too_long = [error for error in found.data.report.errors if error.code == "DATA024"]
-    number = found.data.report.counts["code:DATA024"]
     survey = found.surveys[0]
-    survey.errors += too_long
-    survey.counts.update({"errors": number, "rejected": number, "code:DATA024": number})
-    write_findings(too_long, found.directory)
+    with tempfile.TemporaryDirectory() as directory:
+        options = {**flags.options(), "on_error": "skip", "report_dir": directory}
+        found.data = build_dataset(args.paths, found.tokenizer, found.rules, **options)
+        report = Path(directory, "data_report.jsonl")
+        with FindingLog(found.directory, survey) as log:
+            for line in report.open(encoding="utf-8") if report.exists() else ():
+                entry = json.loads(line)
+                severity = entry.pop("severity")
+                if entry["code"] in OF_LENGTH:
+                    log.add(Finding(**entry), None)
+                    survey.counts[f"code:{entry['code']}"] += 1
+                    survey.counts["rejected"] += severity == "ERROR"
 
 
 def _survey(found: Check, which: int, root: Path, num_workers: int | None) -> None:
