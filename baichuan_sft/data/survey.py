@@ -145,7 +145,6 @@ def survey_file(
     directory: Path | None = None,
     tokenizer: Any = None,
     num_workers: int = 1,
-    keep: bool = False,
     each: Callable[[Examined], None] = lambda found: None,
 ) -> Survey:
     """Read, decode and check every record of a file; with a tokenizer also render and cut.
@@ -153,7 +152,6 @@ def survey_file(
     Args:
         size: bytes of the file, for the progress bar; what a packed file holds is not known.
         directory: see ``FindingLog``.
-        keep: hand the conversations themselves on to ``each``.
         each: called with the result of every block, in order.
     """
     survey = Survey()
@@ -176,7 +174,7 @@ def survey_file(
 
         records = reader.read_raw(path, tell, layout=layout, options=rules.reading)
         work = _remembered(blocks(_noticed(records, seen)), ends)
-        for found in in_order(examine, work, num_workers, path, rules, tokenizer, threads, keep):
+        for found in in_order(examine, work, num_workers, path, rules, tokenizer, threads):
             last_item, num_bytes = ends.popleft()
             ready = [noted for noted in early if _item(noted) <= last_item]
             early[:] = [noted for noted in early if _item(noted) > last_item]

@@ -147,6 +147,7 @@ REFUSED = {
 EVAL_FLAGS = "eval_strategy eval_steps eval_delay eval_on_start per_device_eval_batch_size".split()
 # Where transformers' own words do not say what happens here.
 HELP = {
+    "per_device_train_batch_size": "Rows per device: packed ones, or conversations with --packing False.",
     "gradient_checkpointing": "Recompute activations in backward: less memory, about 30 %% more time.",
     "resume_from_checkpoint": "A checkpoint directory, or True: the newest one in output_dir.",
     "save_total_limit": "Keep so many checkpoints, the newest; default all.",
