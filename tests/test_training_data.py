@@ -135,6 +135,26 @@ def test_held_out_records_that_are_trained_on_are_named(train, capsys):
     assert "warning: 70 of 70 held-out segments are trained on as well" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (dict(packing=False), "--packing was True, is False"),
+        (dict(per_device_train_batch_size=1), "rows per update was 2, is 1"),
+        (dict(seed=9), "--seed was 42, is 9"),
+        (dict(data_path=DATA / "belle_chat.jsonl"), "the content of the data was"),
+    ],
+)
+def test_a_run_resumes_with_the_rows_it_has_not_seen(train, tmp_path, change, words):
+    options = dict(save_strategy="steps", save_steps=1, max_steps=2)
+    train(**options)
+    checkpoint = tmp_path / "out" / "checkpoint-1"
+    with pytest.raises(UserError, match=f"checkpoint-1: .*{words}.*another order"):
+        train(**options | change, resume_from_checkpoint=checkpoint)
+    if "packing" in change:  # the same rows in another cut are the same rows
+        cut = dict(per_device_train_batch_size=1, gradient_accumulation_steps=2)
+        train(**options | cut, resume_from_checkpoint=checkpoint)
+
+
 # --- streaming ------------------------------------------------------------------------------------
 
 

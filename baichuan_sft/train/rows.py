@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import zipfile
 from pathlib import Path
@@ -12,9 +13,13 @@ import numpy as np
 
 from baichuan_sft.data import cache, packing
 from baichuan_sft.data.packing import PackedDataset, Rows, one_per_row
+from baichuan_sft.errors import UserError
 from baichuan_sft.train.args import Settings
 from baichuan_sft.train.inputs import data_seed
 from baichuan_sft.train.progress import say
+
+DECIDING = """model_max_length truncation train_on on_error dedup merge_consecutive dev_ratio packing
+    packing_tokens""".split()
 
 
 def lay_out(settings: Settings, args: Any, segments: Any, *, evaluate: bool = False) -> Any:
@@ -55,6 +60,36 @@ def _plan_once(lengths: np.ndarray, capacity: int, seed: int, cache_dir: str | N
             np.savez(out, order=rows.order, offsets=rows.offsets)
         os.replace(temporary, file)
     return rows
+
+
+def require_same_rows(checkpoint: str | None, facts: dict[str, Any]) -> None:
+    """Raise UserError where a resumed run would go on with other rows than those it had not seen yet.
+
+    Args:
+        facts: of this run, as in run.json.
+    """
+    file = Path(checkpoint or "", "run.json")
+    if checkpoint is None or not file.exists():
+        return
+    then, now = (_deciding(run) for run in (json.loads(file.read_text()), facts))
+    other = [f"{name} was {then[name]}, is {now[name]}" for name in now if then.get(name) != now[name]]
+    if other:
+        raise UserError(
+            f"{checkpoint}: {'; '.join(other)}. The rows would come in another order; resume with what the "
+            "run began with, or start anew in another --output_dir."
+        )
+
+
+def _deciding(facts: dict[str, Any]) -> dict[str, Any]:
+    """Whatever decides which rows there are and in which order they come."""
+    data, training = facts["data"], facts["training"]
+    sizes = ("per_device_train_batch_size", "gradient_accumulation_steps")
+    return {
+        **{f"--{name}": data.get(name) for name in DECIDING},
+        **{f"--{name}": training.get(name) for name in ("seed", "data_seed", "train_sampling_strategy")},
+        "the content of the data": [str(sha256)[:12] for sha256 in facts["data_sha256"].values()],
+        "rows per update": facts["world_size"] * training[sizes[0]] * training[sizes[1]],
+    }
 
 
 def rows_per_update(args: Any) -> int:

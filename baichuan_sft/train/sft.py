@@ -35,7 +35,7 @@ def train(settings: Settings, inputs: Inputs) -> None:
     """One run, from files to files; every rank calls it."""
     from transformers import set_seed
 
-    from baichuan_sft.train.rows import lay_out
+    from baichuan_sft.train.rows import lay_out, require_same_rows
     from baichuan_sft.train.trainer import FactsCollator, SftTrainer
 
     quieten_bars()
@@ -45,6 +45,8 @@ def train(settings: Settings, inputs: Inputs) -> None:
     set_seed(args.seed)
     require_same_data(inputs)
     held_out = inputs.held_out
+    record = run_record(settings, args, inputs)
+    require_same_rows(settings.training["resume_from_checkpoint"], record.facts)
     trainer = SftTrainer(
         model=build_model(settings, args),
         args=args,
@@ -52,7 +54,7 @@ def train(settings: Settings, inputs: Inputs) -> None:
         eval_dataset=None if held_out is None else lay_out(settings, args, held_out, evaluate=True),
         data_collator=FactsCollator(inputs.tokenizer.pad_token_id),
         processing_class=inputs.tokenizer,
-        record=run_record(settings, args, inputs),
+        record=record,
         check_reload=settings.model.check_reload,
         sources=inputs.sources,
     )
