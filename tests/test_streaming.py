@@ -59,9 +59,16 @@ def test_every_record_of_a_source_comes_before_any_comes_again(sources):
 
 
 def test_weights_are_chances(tmp_path, sources):
-    weighted = [Source(sources[0].path, weight=3.0), Source(sources[1].path, weight=1.0)]
+    weighted = [Source(sources[0].path, weight=3.0, group=0), Source(sources[1].path, weight=1.0, group=1)]
     drawn = Counter(source for row in islice(stream(weighted), 400) for source, _ in names([row])[0])
     assert 2.4 < drawn[0] / drawn[1] < 3.7
+
+
+def test_files_of_one_pattern_share_a_weight_and_without_weights_size_decides(sources):
+    a, b = (source.path for source in sources)  # 300 and 90 records
+    one = stream([Source(a, weight=1.0, group=0), Source(b, weight=1.0, group=0)]).chances
+    none = stream([Source(a, group=0), Source(b, group=1)]).chances
+    assert one == pytest.approx(none) and 0.7 < one[0] < 0.85
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
@@ -147,3 +154,17 @@ def test_a_loader_with_workers_is_refused(sources):
     loader = torch.utils.data.DataLoader(stream(sources), batch_size=None, num_workers=1)
     with pytest.raises(UserError, match="--dataloader_num_workers 0"):
         next(iter(loader))
+
+
+def test_what_is_left_out_of_a_stream_is_kept_and_counted(tmp_path):
+    good = json.dumps({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]})
+    path = tmp_path / "x.jsonl"
+    path.write_text("\n".join([good, "[", good.replace('"a"', json.dumps("长" * 99))]))
+    skipping = stream([Source(str(path))], on_error="skip", window=4, report_dir=tmp_path / "out")
+    list(islice(skipping, 3))
+    skipping.log.__exit__()
+    report = [json.loads(line) for line in (tmp_path / "out" / "data_report.jsonl").read_text().splitlines()]
+    assert [(entry["code"], entry["item"]) for entry in report] == [("DATA006", 1), ("DATA036", 2)]
+    (rejected,) = (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()
+    assert json.loads(rejected)["raw"] == "["
+    assert "rejected" in skipping.balance() and skipping.counts["no_target"] > 0

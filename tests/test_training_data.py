@@ -130,6 +130,21 @@ def test_prepared_data_is_used(train, tmp_path, nano, monkeypatch):
     train()
 
 
+def test_held_out_data_has_reports_of_its_own(train, tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text((DATA / "belle_chat.jsonl").read_text() + "[\n")
+    train(data_path=path, on_error="skip", eval_data_path=DATA / "belle_chat.json")
+    assert (tmp_path / "out" / "rejected.jsonl").exists()
+    report = json.loads((tmp_path / "out" / "run.json").read_text())["data"]["report"]
+    assert report["held_out"]["used"] == 70
+
+
+def test_a_finished_run_has_nothing_left(train, tmp_path):
+    train(save_strategy="steps", save_steps=1)
+    with pytest.raises(UserError, match="checkpoint-1: already at update 1 of 1, nothing is left"):
+        train(save_strategy="steps", save_steps=1, resume_from_checkpoint=tmp_path / "out" / "checkpoint-1")
+
+
 def test_held_out_records_that_are_trained_on_are_named(train, capsys):
     train(eval_data_path=DATA / "belle_chat.json")
     assert "warning: 70 of 70 held-out segments are trained on as well" in capsys.readouterr().out
@@ -158,11 +173,11 @@ def test_a_run_resumes_with_the_rows_it_has_not_seen(train, tmp_path, change, wo
 # --- streaming ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("packing", [True, False])
-def test_a_stream_resumes_bit_for_bit(train, tmp_path, packing):
+@pytest.mark.parametrize("more", [dict(packing=False), dict(use_lora=True)])  # LoRA draws its dropout
+def test_a_stream_resumes_bit_for_bit(train, tmp_path, more):
     options = dict(
         streaming=True,
-        packing=packing,
+        **more,
         max_steps=6,
         gradient_accumulation_steps=2,
         save_strategy="steps",
@@ -235,9 +250,12 @@ def fake_ranks(monkeypatch, *gathered):
 
 def test_ranks_with_other_data_are_named(monkeypatch):
     given = Inputs(None, None, None, {"sources": [{"path": "a.json", "sha256": "1" * 64}]}, ["a.json"])
-    fake_ranks(monkeypatch, {"a.json": "1" * 64}, {"a.json": "1" * 64})
+    fake_ranks(monkeypatch, [("a.json", "1" * 64)], [("a.json", "1" * 64)])
     require_same_data(given)
-    fake_ranks(monkeypatch, {"a.json": "1" * 64}, {"/other/a.json": "2" * 64})
+    fake_ranks(monkeypatch, [("a.json", "1" * 64), ("b.json", "3" * 64)], [("a.json", "1" * 64)])
+    with pytest.raises(UserError, match=r"nothing on rank 1 is not b\.json on rank 0"):
+        require_same_data(given)
+    fake_ranks(monkeypatch, [("a.json", "1" * 64)], [("/other/a.json", "2" * 64)])
     with pytest.raises(UserError, match=r"/other/a\.json on rank 1 is not a\.json on rank 0 \(sha256 2222"):
         require_same_data(given)
 

@@ -93,6 +93,13 @@ def expand(pattern: str) -> list[str]:
     return found
 
 
+def size_of(path: str) -> int:
+    """Bytes of a file, or of the files of a directory."""
+    if os.path.isdir(path):
+        return sum(entry.stat().st_size for entry in os.scandir(path) if entry.is_file())
+    return os.path.getsize(path)
+
+
 def is_dataset_dir(path: str | os.PathLike[str]) -> bool:
     """Whether ``save_to_disk`` of the datasets library wrote it."""
     names = [{"dataset_dict.json"}, {"state.json", "dataset_info.json"}]

@@ -267,7 +267,8 @@ def _gather(entries: list[Entry], name: str, report_dir: Path | None) -> None:
         if entry.faults and name == REPORTS[0]:
             write_findings(entry.faults, report_dir)
         elif not entry.faults and (entry.directory / name).exists():
-            with (report_dir / name).open("a", encoding="utf-8") as out:
-                for line in (entry.directory / name).open(encoding="utf-8"):
+            old, new = entry.directory / name, report_dir / name
+            with new.open("a", encoding="utf-8") as out, old.open(encoding="utf-8") as lines:
+                for line in lines:
                     found = {**json.loads(line), "path": entry.source.path}
                     out.write(json.dumps(found, ensure_ascii=False) + "\n")

@@ -9,6 +9,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from baichuan_sft.data.packing import plan
 from baichuan_sft.data.prepare import rules_for
 from baichuan_sft.data.reader import RawRecord
 from baichuan_sft.data.sources import Source
-from baichuan_sft.data.survey import layout_of
+from baichuan_sft.data.survey import FindingLog, Survey, layout_of
 from baichuan_sft.errors import UserError
 
 DRAWS = 4096  # choices of a source that are drawn at once
@@ -40,11 +41,13 @@ class StreamingRows(IterableDataset):
     record t of it belongs to rank t modulo ``world_size``. A source that ends begins again.
 
     Args:
-        sources: with weights, these are the chances to be drawn from; without, all are equally likely.
+        sources: with weights, these are the chances to be drawn from; without, their sizes are. The files of
+            one pattern share its weight by their sizes.
         capacity: tokens of a row; None makes every segment a row.
         window: segments that are packed together.
         on_error: "stop" raises at a faulty record, "skip" counts it.
         state: what ``state_dict`` gave on this rank; the rows go on where it was taken.
+        report_dir: gets what was found in this rank's share, and the bytes of what was left out.
     """
 
     def __init__(
@@ -60,6 +63,7 @@ class StreamingRows(IterableDataset):
         world_size: int = 1,
         on_error: str = "stop",
         state: dict[str, Any] | None = None,
+        report_dir: Path | None = None,
     ) -> None:
         for source in sources:
             files.require_file(source.path)
@@ -71,8 +75,9 @@ class StreamingRows(IterableDataset):
         self.sources, self.tokenizer, self.rules = list(sources), tokenizer, rules
         self.capacity, self.window, self.seed = capacity, window, seed
         self.rank, self.world_size, self.on_error = rank, world_size, on_error
-        weights = np.array([1.0 if source.weight is None else source.weight for source in sources])
-        self.chances = weights / weights.sum()
+        self.chances = _chances(sources)
+        self.log = FindingLog(report_dir, Survey())
+        self.logged = [-1] * len(sources)  # last item of each that something was said of
         self.counts: Counter[str] = Counter()
         self.settings: dict[str, Any] = {"seed": seed, "world_size": world_size, "window": window}
         self.settings |= {"capacity": capacity, "files": [_state_of(source) for source in sources]}
@@ -141,7 +146,8 @@ class StreamingRows(IterableDataset):
         rules, layout = self.readings[number]
         while True:
             size = 0
-            for record in reader.read_raw(source.path, self._note, layout=layout, options=rules.reading):
+            note = partial(self._note, number)
+            for record in reader.read_raw(source.path, note, layout=layout, options=rules.reading):
                 size += 1
                 if consumed:
                     consumed -= 1
@@ -150,10 +156,24 @@ class StreamingRows(IterableDataset):
             if not size:
                 raise UserError(f"{source.path}: no records")
 
-    def _note(self, finding: Finding, raw: bytes | None) -> None:
+    def _note(self, number: int, finding: Finding, raw: bytes | None) -> None:
         if finding.severity == "ERROR" and self.on_error == "stop":
             raise DataFault(str(finding), [finding])
-        self.counts[f"code:{finding.code}"] += 1
+        item = 0 if finding.item is None else finding.item
+        if item > self.logged[number]:  # else it is a later pass, and nothing new
+            self.logged[number] = item
+            self.log.add(finding, raw)
+
+    def balance(self) -> str:
+        """What became of the records of this rank so far, repeats included."""
+        words = {
+            "used": "used",
+            "rejected": "rejected",
+            "no_target": "without a target",
+            "too_long": "too long",
+        }
+        parts = [f"{text} {self.counts[name]:,}" for name, text in words.items()]
+        return f"read {self.counts['read']:,} = {' + '.join(parts)}"
 
     def _examine(self, drawn: list[tuple[int, RawRecord]]) -> list[Segment]:
         """The segments of these records, in their order."""
@@ -161,9 +181,8 @@ class StreamingRows(IterableDataset):
         for number, record in drawn:
             source = self.sources[number]
             found = check.examine([record], source.path, self.readings[number][0], self.tokenizer, 1)
-            if self.on_error == "stop" and found.counts["rejected"]:
-                errors = [finding for finding, _ in found.findings if finding.severity == "ERROR"]
-                raise DataFault(str(errors[0]), errors)
+            for finding, raw in found.findings:
+                self._note(number, finding, raw)
             self.counts.update(found.counts)
             segments += _split(found.segments, number) if found.segments else []
         return segments
@@ -185,6 +204,18 @@ class StreamingRows(IterableDataset):
         return [[segments[i] for i in row] for row in kept], [
             segments[i] for row in waits for i in sorted(row)
         ]
+
+
+def _chances(sources: Sequence[Source]) -> np.ndarray:
+    """Of each source to be drawn from."""
+    sizes = np.array([max(files.size_of(source.path), 1) for source in sources], float)
+    groups = np.array([source.group for source in sources])
+    shares = np.array([size / sizes[groups == group].sum() for size, group in zip(sizes, groups)])
+    weights = [
+        size if source.weight is None else source.weight * share
+        for source, size, share in zip(sources, sizes, shares)
+    ]
+    return np.array(weights) / sum(weights)
 
 
 def _state_of(source: Source) -> list[Any]:

@@ -108,6 +108,7 @@ class FindingLog:
                 raise EnvironmentFault(f"{where}: cannot be written: {error.strerror}") from error
 
     def add(self, finding: Finding, raw: bytes | None) -> None:
+        """Write one down; the files, and their directory, are made by the first."""
         self._write("data_report.jsonl", finding.to_dict())
         if finding.severity != "ERROR":
             return
@@ -121,6 +122,7 @@ class FindingLog:
             return
         try:
             if name not in self.files:
+                self.directory.mkdir(parents=True, exist_ok=True)
                 self.files[name] = (self.directory / name).open("a", encoding="utf-8")
             self.files[name].write(json.dumps(entry, ensure_ascii=False) + "\n")
         except OSError as error:

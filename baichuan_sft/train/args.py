@@ -140,6 +140,7 @@ REFUSED = {
     "the loss is the mean over all targets of an update": "average_tokens_across_devices",
     "the data's columns are fixed": "remove_unused_columns label_names length_column_name",
     "a resumed run goes on where it stopped": "ignore_data_skip",
+    "the rows of an update are fixed before training": "auto_find_batch_size",
     "weights are split by DeepSpeed's ZeRO": "fsdp fsdp_config",
     "upload output_dir when it is complete": "push_to_hub hub_model_id hub_token hub_strategy",
 }

@@ -24,6 +24,8 @@ def check_values(values: dict[str, Any], parser: argparse.ArgumentParser) -> Non
         raise UserError("--output_dir is missing: where shall the result go?")
     if values["bf16"] and values["fp16"]:
         raise UserError("--bf16 and --fp16 are both True; keep one.")
+    if values["dataloader_persistent_workers"] and not values["dataloader_num_workers"]:
+        raise UserError("--dataloader_persistent_workers True needs --dataloader_num_workers of at least 1.")
     if values["freeze"] and values["use_lora"]:
         raise UserError(
             "--freeze and --use_lora are both given; LoRA freezes all weights of the model already."
@@ -71,6 +73,7 @@ def check_streaming(values: dict[str, Any]) -> None:
         "dedup": "run `baichuan-sft data check --dedup True --fix OUT` first",
         "train_sampling_strategy": "the order is drawn while reading",
         "dataloader_num_workers": "the place in the data would be unknown",
+        "preprocessing_num_workers": "the process that trains tokenises",
     }
     for name, way_out in impossible.items():
         if values[name]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ class Inputs:
     Attributes:
         train: segments, or with ``--streaming`` rows without end.
         held_out: segments to evaluate on, or None.
-        report: what became of the records, for run.json.
+        report: what became of the records, for run.json; of the held-out files under "held_out".
         sources: names of the files, by number; ``report`` has their sha256.
     """
 
@@ -48,17 +49,17 @@ def read_inputs(settings: Settings) -> Inputs:
         return _stream(settings, tokenizer)
     data = _build(settings, settings.data.data_path, tokenizer, settings.data.dev_ratio)
     say(f"data: {data.report}")
-    held_out = data.dev
+    held_out, report = data.dev, data.report.to_dict()
     if settings.data.eval_data_path:
-        held_out = _read_held_out(settings, tokenizer)
+        held_out, report["held_out"] = _read_held_out(settings, tokenizer)
         seen = int(np.isin(held_out.hashes, data.train.hashes).sum())
         if seen:
             say(f"warning: {seen:,} of {len(held_out):,} held-out segments are trained on as well")
     names = [source.path for source in data.report.sources]
-    return Inputs(tokenizer, data.train, held_out, data.report.to_dict(), names)
+    return Inputs(tokenizer, data.train, held_out, report, names)
 
 
-def _build(settings: Settings, paths: str, tokenizer: Any, dev_ratio: float = 0.0) -> Any:
+def _build(settings: Settings, paths: str, tokenizer: Any, dev_ratio: float = 0.0, reports: str = "") -> Any:
     from baichuan_sft.data.dataset import build_dataset
 
     return build_dataset(
@@ -67,17 +68,21 @@ def _build(settings: Settings, paths: str, tokenizer: Any, dev_ratio: float = 0.
         settings.data.rules(),
         dev_ratio=dev_ratio,
         seed=data_seed(settings.training),
-        report_dir=settings.training["output_dir"] if os.environ.get("RANK", "0") == "0" else None,
+        report_dir=_report_dir(settings) / reports if os.environ.get("RANK", "0") == "0" else None,
         wait=os.environ.get("LOCAL_RANK", "0") != "0",
         **settings.data.options(),
     )
 
 
-def _read_held_out(settings: Settings, tokenizer: Any) -> Any:
+def _report_dir(settings: Settings) -> Path:
+    return Path(settings.training["output_dir"])
+
+
+def _read_held_out(settings: Settings, tokenizer: Any) -> tuple[Any, dict[str, Any]]:
     assert settings.data.eval_data_path is not None
-    data = _build(settings, settings.data.eval_data_path, tokenizer)
+    data = _build(settings, settings.data.eval_data_path, tokenizer, reports="held_out")
     say(f"held-out data: {data.report}")
-    return data.train
+    return data.train, data.report.to_dict()
 
 
 def data_seed(training: dict[str, Any]) -> int:
@@ -106,13 +111,17 @@ def _stream(settings: Settings, tokenizer: Any) -> Inputs:
         world_size=int(os.environ.get("WORLD_SIZE", "1")),
         on_error=data.on_error,
         state=_stream_state(checkpoint, rank) if checkpoint else None,
+        report_dir=_report_dir(settings) / f"stream_rank_{rank}",
     )
     names = [source.path for source in sources]
     say(f"data: {', '.join(names)}, read while training")
-    held_out = _read_held_out(settings, tokenizer) if data.eval_data_path else None
     # A hash would read what is too large to be read; the size tells most mistakes.
     described = [{"path": path, "sha256": f"of {os.path.getsize(path):,} bytes"} for path in names]
-    return Inputs(tokenizer, rows, held_out, {"sources": described}, names)
+    report: dict[str, Any] = {"sources": described}
+    held_out = None
+    if data.eval_data_path:
+        held_out, report["held_out"] = _read_held_out(settings, tokenizer)
+    return Inputs(tokenizer, rows, held_out, report, names)
 
 
 def stream_file(checkpoint: str | Path, rank: int) -> Path:
@@ -140,14 +149,17 @@ def require_same_data(inputs: Inputs) -> None:
 
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return
-    mine = {source["path"]: source.get("sha256") for source in inputs.report["sources"]}
     everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
+    dist.all_gather_object(everyone, _contents(inputs.report) + _contents(inputs.report.get("held_out", {})))
     for rank, other in enumerate(everyone):
-        for (path, sha256), (other_path, other_sha256) in zip(everyone[0].items(), other.items()):
-            if sha256 != other_sha256:
-                hashes = f"sha256 {str(other_sha256)[:12]} and {str(sha256)[:12]}"
+        for first, here in zip_longest(everyone[0], other, fillvalue=("nothing", "")):
+            if first[1] != here[1]:
+                hashes = f"sha256 {here[1][:12]} and {first[1][:12]}"
                 raise UserError(
-                    f"{other_path} on rank {rank} is not {path} on rank 0 ({hashes}); "
+                    f"{here[0]} on rank {rank} is not {first[0]} on rank 0 ({hashes}); "
                     "give all hosts the same files"
                 )
+
+
+def _contents(report: dict[str, Any]) -> list[tuple[str, str]]:
+    return [(source["path"], source["sha256"]) for source in report.get("sources", [])]

@@ -5,13 +5,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 from torch.utils.data import Sampler
 from transformers import TrainerCallback
 
 from baichuan_sft.data.packing import EMPTY_ROW
+from baichuan_sft.data.streaming import StreamingRows
+from baichuan_sft.train.inputs import stream_file
 
 UPDATES_SORTED = 50  # of which group_by_length sorts the rows together
 
@@ -111,3 +115,14 @@ class SetEpoch(TrainerCallback):
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         self.order.set_epoch(state.global_step // self.order.num_updates)
+
+
+class SaveStream(TrainerCallback):
+    """Keeps in every checkpoint how far each rank has read."""
+
+    def __init__(self, rows: StreamingRows) -> None:
+        self.rows = rows
+
+    def on_save(self, args, state, control, **kwargs):
+        file = stream_file(Path(args.output_dir) / f"checkpoint-{state.global_step}", args.process_index)
+        file.write_text(json.dumps(self.rows.state_dict()))

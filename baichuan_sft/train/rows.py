@@ -19,7 +19,7 @@ from baichuan_sft.train.inputs import data_seed
 from baichuan_sft.train.progress import say
 
 DECIDING = """model_max_length truncation train_on on_error dedup merge_consecutive dev_ratio packing
-    packing_tokens""".split()
+    packing_tokens streaming""".split()
 
 
 def lay_out(settings: Settings, args: Any, segments: Any, *, evaluate: bool = False) -> Any:
@@ -30,12 +30,12 @@ def lay_out(settings: Settings, args: Any, segments: Any, *, evaluate: bool = Fa
         return PackedDataset(segments, one_per_row(len(segments)))
     capacity = settings.data.packing_tokens or settings.data.model_max_length
     rows = _plan_once(segments.lengths, capacity, data_seed(settings.training), settings.data.cache_dir)
-    what = f"{len(segments):,} {'held-out ' if evaluate else ''}conversations"
+    what = _plural(len(segments), f"{'held-out ' if evaluate else ''}conversation")
     useful = f"{100 * rows.efficiency(segments.lengths, capacity):.1f} % useful"
     line = f"packing: {what} in {len(rows):,} rows of {capacity:,} tokens, {useful}"
     if not evaluate:
         per_update = rows_per_update(args)
-        line += f"; {per_update} rows per update, {-(-len(rows) // per_update):,} updates per epoch"
+        line += f"; {per_update} rows per update, {_plural(-(-len(rows) // per_update), 'update')} per epoch"
     say(line)
     if not evaluate and len(rows) < per_update:
         say(
@@ -43,6 +43,10 @@ def lay_out(settings: Settings, args: Any, segments: Any, *, evaluate: bool = Fa
             "a smaller batch or --packing False gives more updates"
         )
     return PackedDataset(segments, rows)
+
+
+def _plural(number: int, word: str) -> str:
+    return f"{number:,} {word}{'s' * (number != 1)}"
 
 
 def _plan_once(lengths: np.ndarray, capacity: int, seed: int, cache_dir: str | None) -> Rows:

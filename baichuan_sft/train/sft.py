@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -65,12 +66,26 @@ def train(settings: Settings, inputs: Inputs) -> None:
 
 def fit(trainer: Any, settings: Settings) -> None:
     """Train; what DeepSpeed's file and the flags say differently becomes one line."""
+    checkpoint = settings.training["resume_from_checkpoint"]
+    if checkpoint is not None:
+        require_something_left(checkpoint, trainer)
     try:
-        trainer.train(resume_from_checkpoint=settings.training["resume_from_checkpoint"])
+        trainer.train(resume_from_checkpoint=checkpoint)
     except ValueError as error:
         if "DeepSpeed config values" not in str(error):
             raise
         raise UserError(f"{settings.training['deepspeed']}: {' '.join(str(error).split())}") from None
+
+
+def require_something_left(checkpoint: str, trainer: Any) -> None:
+    """Raise UserError where a checkpoint has all updates behind it: transformers would take one more."""
+    state, args = Path(checkpoint, "trainer_state.json"), trainer.args
+    done = json.loads(state.read_text())["global_step"] if state.exists() else 0
+    total = args.max_steps
+    if total < 0:
+        total = math.ceil(args.num_train_epochs * trainer.order.num_updates)
+    if done >= total:
+        raise UserError(f"{checkpoint}: already at update {done} of {total}, nothing is left to train.")
 
 
 def conclude(trainer: Any, settings: Settings) -> None:
@@ -81,6 +96,8 @@ def conclude(trainer: Any, settings: Settings) -> None:
     if settings.lora.use_lora and settings.lora.init_lora_weights.lower() in ("true", "gaussian"):
         # Other ways to begin put something into B A that no training has put there.
         report_change(relative_change(trainer.model))
+    if settings.data.streaming:
+        say(f"data, on rank 0: {trainer.train_dataset.balance()}")
     if trainer.is_world_process_zero():
         plot_loss(trainer.state.log_history, Path(trainer.args.output_dir) / "loss.png")
     say(f"\nTalk to the result:\n  baichuan-sft chat {trainer.args.output_dir}")

@@ -7,7 +7,6 @@ all micro-batches of an update and all ranks.
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import sys
 import time
@@ -27,8 +26,7 @@ from baichuan_sft.data.packing import NO_ITEM, Collator, PackedDataset
 from baichuan_sft.data.streaming import StreamingRows
 from baichuan_sft.data.template import IGNORE
 from baichuan_sft.errors import CheckpointFault, NumericalFault
-from baichuan_sft.train.inputs import stream_file
-from baichuan_sft.train.order import RowOrder, SetEpoch
+from baichuan_sft.train.order import RowOrder, SaveStream, SetEpoch
 from baichuan_sft.train.progress import LogLines, ProgressBar
 from baichuan_sft.train.record import RunRecord
 
@@ -126,7 +124,9 @@ class SftTrainer(Trainer):
     def get_train_dataloader(self):
         if isinstance(self.train_dataset, StreamingRows):
             size = self.args.per_device_train_batch_size
-            return DataLoader(self.train_dataset, batch_size=size, collate_fn=self.data_collator)
+            # Of its own, as below: each resumed loader would draw a number that dropout uses.
+            own = torch.Generator().manual_seed(self.args.seed)
+            return DataLoader(self.train_dataset, size, collate_fn=self.data_collator, generator=own)
         return self._loader(self.train_dataset, self.order)
 
     def get_eval_dataloader(self, eval_dataset=None):
@@ -158,7 +158,7 @@ class SftTrainer(Trainer):
 
     def _stop(self, step: int, what: str) -> None:
         items: dict[str, list[str]] = {}
-        for source, item in self.items_of_update:
+        for source, item in dict.fromkeys(self.items_of_update):
             items.setdefault(self.sources[source], []).append(str(item))
         records = "; ".join(f"{path} item {', '.join(numbers)}" for path, numbers in items.items())
         raise NumericalFault(
@@ -272,17 +272,6 @@ class SftTrainer(Trainer):
                 f"{path}: the reloaded model's logits differ from the live ones by {gap:.2g}, more than "
                 f"{tolerance:.2g}; the saved weights are not the trained ones."
             )
-
-
-class SaveStream(TrainerCallback):
-    """Keeps in every checkpoint how far each rank has read."""
-
-    def __init__(self, rows: StreamingRows) -> None:
-        self.rows = rows
-
-    def on_save(self, args, state, control, **kwargs):
-        file = stream_file(Path(args.output_dir) / f"checkpoint-{state.global_step}", args.process_index)
-        file.write_text(json.dumps(self.rows.state_dict()))
 
 
 class Stage0Norm(TrainerCallback):
