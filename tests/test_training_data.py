@@ -136,7 +136,7 @@ def test_held_out_data_has_reports_of_its_own(train, tmp_path):
     train(data_path=path, on_error="skip", eval_data_path=DATA / "belle_chat.json")
     assert (tmp_path / "out" / "rejected.jsonl").exists()
     report = json.loads((tmp_path / "out" / "run.json").read_text())["data"]["report"]
-    assert report["held_out"]["used"] == 70
+    assert report["held_out_data"]["used"] == 70
 
 
 def test_a_finished_run_has_nothing_left(train, tmp_path):
@@ -246,6 +246,22 @@ def fake_ranks(monkeypatch, *gathered):
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_world_size", lambda: len(gathered))
     monkeypatch.setattr(dist, "all_gather_object", lambda out, mine: out.__setitem__(slice(None), gathered))
+
+
+def test_ranks_compare_what_was_really_read(train, monkeypatch, tmp_path):
+    """With the report as a run writes it, held-out files included."""
+    path = DATA / "belle_chat.jsonl"
+    report = train(eval_data_path=path)
+    given = Inputs(None, None, None, report, [])
+    held_out = report["held_out_data"]["sources"][0]["sha256"]
+    mine = [(str(DATA / "belle_chat.json"), report["sources"][0]["sha256"]), (str(path), held_out)]
+    gathered = []
+    fake_ranks(monkeypatch, mine, mine)
+    everyone = torch.distributed.all_gather_object
+    gather = lambda out, one: (gathered.append(one), everyone(out, one))  # noqa: E731
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    require_same_data(given)
+    assert gathered == [mine]
 
 
 def test_ranks_with_other_data_are_named(monkeypatch):

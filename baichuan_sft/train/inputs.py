@@ -23,7 +23,7 @@ class Inputs:
     Attributes:
         train: segments, or with ``--streaming`` rows without end.
         held_out: segments to evaluate on, or None.
-        report: what became of the records, for run.json; of the held-out files under "held_out".
+        report: what became of the records, for run.json; of the held-out files under "held_out_data".
         sources: names of the files, by number; ``report`` has their sha256.
     """
 
@@ -51,7 +51,7 @@ def read_inputs(settings: Settings) -> Inputs:
     say(f"data: {data.report}")
     held_out, report = data.dev, data.report.to_dict()
     if settings.data.eval_data_path:
-        held_out, report["held_out"] = _read_held_out(settings, tokenizer)
+        held_out, report["held_out_data"] = _read_held_out(settings, tokenizer)
         seen = int(np.isin(held_out.hashes, data.train.hashes).sum())
         if seen:
             say(f"warning: {seen:,} of {len(held_out):,} held-out segments are trained on as well")
@@ -120,7 +120,7 @@ def _stream(settings: Settings, tokenizer: Any) -> Inputs:
     report: dict[str, Any] = {"sources": described}
     held_out = None
     if data.eval_data_path:
-        held_out, report["held_out"] = _read_held_out(settings, tokenizer)
+        held_out, report["held_out_data"] = _read_held_out(settings, tokenizer)
     return Inputs(tokenizer, rows, held_out, report, names)
 
 
@@ -150,7 +150,8 @@ def require_same_data(inputs: Inputs) -> None:
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return
     everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, _contents(inputs.report) + _contents(inputs.report.get("held_out", {})))
+    mine = _contents(inputs.report) + _contents(inputs.report.get("held_out_data", {}))
+    dist.all_gather_object(everyone, mine)
     for rank, other in enumerate(everyone):
         for first, here in zip_longest(everyone[0], other, fillvalue=("nothing", "")):
             if first[1] != here[1]:
