@@ -230,7 +230,8 @@ def test_nothing_is_lost_whatever_is_read(build, tmp_path, records, max_length, 
     (source,) = data.report.sources  # its sums are asserted when it is made
     assert source.read == len(records) and source.used == len(set(rows(data.train, "item")))
     rejected = tmp_path / "reports" / "rejected.jsonl"
-    lines = [json.loads(line) for line in rejected.read_text().splitlines()] if rejected.exists() else []
+    text = rejected.read_text() if rejected.exists() else ""
+    lines = [json.loads(line) for line in text.split("\n")[:-1]]  # splitlines would cut at U+0085, too
     assert len(lines) == source.rejected
     assert all(json.loads(line["raw"]) == records[line["item"]] for line in lines)
 
