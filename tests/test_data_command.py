@@ -3,6 +3,8 @@
 import json
 import re
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from fixtures import ROOT, SMALL_VOCABULARY
 
@@ -112,6 +114,8 @@ def test_names_that_could_drive_a_terminal(data, tmp_path):
     [
         (["check"], "required: PATH"),
         (["check", "x", "--on-eror", "skip"], "unknown flag --on_eror, did you mean '--on_error'"),
+        (["check", "x", "--truncation", "drop"], "--truncation counts tokens, and there is no tokenizer"),
+        (["check", "x", "--model_max_length", "9"], "--model_max_length counts tokens"),
         (["check", "x", "--max_line_mib", "0"], "--max_line_mib is 0; it must be at least 1"),
         (["check", "x", "--encoding", "utf-88"], "unknown encoding 'utf-88'"),
         (
@@ -141,3 +145,14 @@ def test_gb18030_is_read_when_it_is_said(data, tmp_path):
     assert data("check", "x.json", "--encoding", "gb18030", "--fix", "a.jsonl")[0] == 0
     assert data("check", DATA / "belle_chat.json", "--fix", "b.jsonl")[0] == 0
     assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "b.jsonl").read_bytes()
+
+
+def test_rejected_rows_of_a_table_are_kept(data, tmp_path):
+    rows = [
+        {"conversations": [{"from": "human", "value": "问"}, {"from": "gpt", "value": answer}]}
+        for answer in ("答", "")
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "x.parquet")
+    assert data("check", "x.parquet", "--on-error", "skip")[0] == 0
+    (line,) = (tmp_path / "data_check" / "rejected.jsonl").read_text().splitlines()
+    assert json.loads(json.loads(line)["raw"]) == rows[1]

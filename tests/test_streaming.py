@@ -10,6 +10,7 @@ import torch
 from fixtures import SMALL_VOCABULARY
 
 from baichuan_sft.data.check import Rules
+from baichuan_sft.data.files import ReadOptions
 from baichuan_sft.data.findings import DataFault
 from baichuan_sft.data.sources import Source
 from baichuan_sft.data.streaming import StreamingRows
@@ -168,3 +169,18 @@ def test_what_is_left_out_of_a_stream_is_kept_and_counted(tmp_path):
     (rejected,) = (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()
     assert json.loads(rejected)["raw"] == "["
     assert "rejected" in skipping.balance() and skipping.counts["no_target"] > 0
+
+
+def test_what_the_reader_finds_ahead_hides_nothing(tmp_path):
+    """A mark at the start, and a line too long, are told while earlier items still wait for their turn."""
+    good = json.dumps({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]})
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf{]\n" + "\n".join([good, "{", good + " " * 3000, good]).encode())
+    rules = Rules(max_length=64, reading=ReadOptions(max_line=2000))
+    options = dict(capacity=64, window=4, on_error="skip", report_dir=tmp_path / "out")
+    skipping = StreamingRows([Source(str(path))], TOKENIZER, rules, **options)
+    list(islice(skipping, 3))
+    skipping.log.__exit__()
+    report = [json.loads(line) for line in (tmp_path / "out" / "data_report.jsonl").read_text().splitlines()]
+    found = sorted((entry["code"], entry.get("item")) for entry in report if entry["code"] != "DATA003")
+    assert found == [("DATA006", 0), ("DATA006", 2), ("DATA008", 3)] and len(report) == 4

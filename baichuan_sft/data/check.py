@@ -5,6 +5,7 @@ The results come out in the order of the file, so findings and counts do not dep
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import re
 from collections import Counter, deque
@@ -158,7 +159,7 @@ def _count_good(found: Examined, item: int, letters: str, texts: list[str]) -> N
 
 
 def _reject(found: Examined, record: RawRecord, path: str, fault: RecordFault) -> None:
-    raw = record.data if isinstance(record.data, bytes) else None
+    raw = record.data if isinstance(record.data, bytes) else json.dumps(record.data, default=str).encode()
     found.findings.append((reader.locate(record, fault, path), raw))
     found.counts.update({"rejected": 1, f"code:{fault.code}": 1})
 

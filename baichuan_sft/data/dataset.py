@@ -47,8 +47,8 @@ def build_dataset(
 ) -> Data:
     """The segments of all files in order, from the cache where the same content was prepared before.
 
-    First every file is checked, then every file is tokenised, then records are chosen. Any number of
-    processes may call it at once: one prepares, the others wait and map its files.
+    Large files are checked as a whole before the first is tokenised; then records are chosen. Any number
+    of processes may call it at once: one prepares, the others wait and map its files.
 
     Args:
         paths: see ``sources.parse_sources``.
@@ -59,7 +59,7 @@ def build_dataset(
         cache_dir: default ``$BAICHUAN_SFT_CACHE``, else ``~/.cache/baichuan_sft``.
         report_dir: gets data_report.jsonl with every finding and rejected.jsonl with what was left out.
         num_workers: processes that tokenise; default one per core for large files, up to 8.
-        wait: never prepare, wait for the process of this host that does.
+        wait: let another process of this host prepare, as long as one is at work.
     Raises:
         DataFault: findings, with ``on_error`` "stop". UserError: a wrong path or setting, or nothing is
             left to train on. EnvironmentFault: the cache cannot be written.
@@ -81,7 +81,7 @@ def build_dataset(
     prepare(entries, tokenizer, root, on_error=on_error, **options)
     entries = [entry for entry in entries if not entry.faults]
     if not entries:
-        raise UserError("none of the files can be read, nothing was trained")
+        raise UserError("none of the files can be read; name at least one that holds records")
     data = _choose(entries, dedup=dedup, dev_ratio=dev_ratio, seed=seed)
     if not len(data.train):
         raise _nothing_left(data.report, entries)

@@ -24,7 +24,7 @@ from baichuan_sft.data.packing import plan
 from baichuan_sft.data.prepare import rules_for
 from baichuan_sft.data.reader import RawRecord
 from baichuan_sft.data.sources import Source
-from baichuan_sft.data.survey import FindingLog, Survey, layout_of
+from baichuan_sft.data.survey import FindingLog, Noted, Survey, item_of, layout_of
 from baichuan_sft.errors import UserError
 
 DRAWS = 4096  # choices of a source that are drawn at once
@@ -77,7 +77,8 @@ class StreamingRows(IterableDataset):
         self.rank, self.world_size, self.on_error = rank, world_size, on_error
         self.chances = _chances(sources)
         self.log = FindingLog(report_dir, Survey())
-        self.logged = [-1] * len(sources)  # last item of each that something was said of
+        # Last item of each source of which something was said, by the reader, which runs ahead, and after it.
+        self.told: dict[str, list[float]] = {who: [-2.0] * len(sources) for who in ("reader", "examiner")}
         self.counts: Counter[str] = Counter()
         self.settings: dict[str, Any] = {"seed": seed, "world_size": world_size, "window": window}
         self.settings |= {"capacity": capacity, "files": [_state_of(source) for source in sources]}
@@ -146,7 +147,7 @@ class StreamingRows(IterableDataset):
         rules, layout = self.readings[number]
         while True:
             size = 0
-            note = partial(self._note, number)
+            note = partial(self._note_unread, number)
             for record in reader.read_raw(source.path, note, layout=layout, options=rules.reading):
                 size += 1
                 if consumed:
@@ -154,15 +155,22 @@ class StreamingRows(IterableDataset):
                     continue
                 yield record
             if not size:
-                raise UserError(f"{source.path}: no records")
+                raise UserError(
+                    f"{source.path}: no records; `baichuan-sft data check {source.path}` says why"
+                )
 
-    def _note(self, number: int, finding: Finding, raw: bytes | None) -> None:
-        if finding.severity == "ERROR" and self.on_error == "stop":
-            raise DataFault(str(finding), [finding])
-        item = 0 if finding.item is None else finding.item
-        if item > self.logged[number]:  # else it is a later pass, and nothing new
-            self.logged[number] = item
-            self.log.add(finding, raw)
+    def _note_unread(self, number: int, finding: Finding, raw: bytes | None) -> None:
+        self._note("reader", number, [(finding, raw)])
+
+    def _note(self, who: str, number: int, findings: list[Noted]) -> None:
+        """Write down what was found of one item, unless a pass before has said so."""
+        errors = [finding for finding, _ in findings if finding.severity == "ERROR"]
+        if errors and self.on_error == "stop":
+            raise DataFault(str(errors[0]), errors)
+        if findings and item_of(findings[0]) > self.told[who][number]:
+            self.told[who][number] = item_of(findings[0])
+            for noted in findings:
+                self.log.add(*noted)
 
     def balance(self) -> str:
         """What became of the records of this rank so far, repeats included."""
@@ -181,8 +189,7 @@ class StreamingRows(IterableDataset):
         for number, record in drawn:
             source = self.sources[number]
             found = check.examine([record], source.path, self.readings[number][0], self.tokenizer, 1)
-            for finding, raw in found.findings:
-                self._note(number, finding, raw)
+            self._note("examiner", number, found.findings)
             self.counts.update(found.counts)
             segments += _split(found.segments, number) if found.segments else []
         return segments

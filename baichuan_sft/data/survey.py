@@ -178,11 +178,11 @@ def survey_file(
         work = _remembered(blocks(_noticed(records, seen)), ends)
         for found in in_order(examine, work, num_workers, path, rules, tokenizer, threads):
             last_item, num_bytes = ends.popleft()
-            ready = [noted for noted in early if _item(noted) <= last_item]
-            early[:] = [noted for noted in early if _item(noted) > last_item]
+            ready = [noted for noted in early if item_of(noted) <= last_item]
+            early[:] = [noted for noted in early if item_of(noted) > last_item]
             _count_unread(survey, ready)
             survey.add(found)
-            for noted in sorted(ready + found.findings, key=_item):
+            for noted in sorted(ready + found.findings, key=item_of):
                 log.add(*noted)
             each(found)
             progress.update(done := done + num_bytes)
@@ -193,7 +193,7 @@ def survey_file(
 def _log_unread(survey: Survey, log: FindingLog, early: list[Noted]) -> None:
     """Count and write down what waits, and forget it."""
     _count_unread(survey, early)
-    for noted in sorted(early, key=_item):
+    for noted in sorted(early, key=item_of):
         log.add(*noted)
     early.clear()
 
@@ -220,7 +220,7 @@ def _remembered(work: Iterator[list[RawRecord]], ends: deque[tuple[int, int]]) -
         yield block
 
 
-def _item(noted: Noted) -> float:
+def item_of(noted: Noted) -> float:
     """Where a finding stands among the records; what is about the whole file comes first or last."""
     finding = noted[0]
     if finding.item is not None:

@@ -143,6 +143,11 @@ def check(args: Any) -> int:
     from baichuan_sft.datatools.summary import show
 
     flags = data_arguments(args)
+    for name in ("model_max_length", "truncation"):
+        if args.tokenizer is None and getattr(flags, name) != getattr(DataArguments, name):
+            raise UserError(
+                f"--{name} counts tokens, and there is no tokenizer; pass --tokenizer DIR as well."
+            )
     sources = parse_sources(args.paths, allow_outside=args.allow_outside)
     directory = report_directory(args.output_dir, sources)
     assert directory is not None

@@ -126,7 +126,10 @@ class SftTrainer(Trainer):
             size = self.args.per_device_train_batch_size
             # Of its own, as below: each resumed loader would draw a number that dropout uses.
             own = torch.Generator().manual_seed(self.args.seed)
-            return DataLoader(self.train_dataset, size, collate_fn=self.data_collator, generator=own)
+            pin = self.args.dataloader_pin_memory and not self.args.use_cpu
+            return DataLoader(
+                self.train_dataset, size, collate_fn=self.data_collator, generator=own, pin_memory=pin
+            )
         return self._loader(self.train_dataset, self.order)
 
     def get_eval_dataloader(self, eval_dataset=None):
