@@ -10,6 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 import baichuan_sft  # noqa: F401  (registers the classes)
+from baichuan_sft import load_tokenizer
+from baichuan_sft.data.formats import Message
+from baichuan_sft.data.template import render
 from baichuan_sft.model.configuration_baichuan import BaichuanConfig
 from baichuan_sft.model.modeling_baichuan import BaichuanForCausalLM
 
@@ -86,3 +89,19 @@ def rows(path):
     """The lines of a golden file, from the repository or from the reference data beside it."""
     path = GOLDEN / path if (GOLDEN / path).exists() else SHARED / "golden" / path
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def cross_entropy(model, records):
+    """Sum over the targets of each conversation alone, and their number."""
+    roles = {"human": "user", "gpt": "assistant"}
+    tokenizer = load_tokenizer(SMALL_VOCABULARY)
+    total, count = 0.0, 0
+    for record in records:
+        turns = [Message(roles[turn["from"]], turn["value"]) for turn in record["conversations"]]
+        rendered = render(turns, tokenizer)
+        with torch.no_grad():
+            logits = model(torch.tensor(rendered.input_ids)[None]).logits[0, :-1]
+        labels = torch.tensor(rendered.labels[1:]).long()
+        total += torch.nn.functional.cross_entropy(logits, labels, reduction="sum").item()
+        count += int((labels != -100).sum())
+    return total, count

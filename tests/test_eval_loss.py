@@ -6,12 +6,10 @@ import shutil
 
 import pytest
 import torch
-from fixtures import ROOT, SMALL_VOCABULARY, tiny_config
+from fixtures import ROOT, SMALL_VOCABULARY, cross_entropy, tiny_config
 from launching import flags, log_of
 
 from baichuan_sft import BaichuanForCausalLM, load_model, load_tokenizer
-from baichuan_sft.data.formats import Message
-from baichuan_sft.data.template import render
 from baichuan_sft.errors import NumericalFault
 from baichuan_sft.train.record import plot_loss
 from baichuan_sft.train.sft import main
@@ -64,22 +62,6 @@ def train(nano, tmp_path):
 def evaluations(directory):
     rows = [json.loads(line) for line in (directory / "trainer_log.jsonl").read_text().splitlines()]
     return [row for row in rows if "eval_loss" in row]
-
-
-def cross_entropy(model, records):
-    """Sum over the targets of each conversation alone, and their number."""
-    roles = {"human": "user", "gpt": "assistant"}
-    tokenizer = load_tokenizer(SMALL_VOCABULARY)
-    total, count = 0.0, 0
-    for record in records:
-        turns = [Message(roles[turn["from"]], turn["value"]) for turn in record["conversations"]]
-        rendered = render(turns, tokenizer)
-        with torch.no_grad():
-            logits = model(torch.tensor(rendered.input_ids)[None]).logits[0, :-1]
-        labels = torch.tensor(rendered.labels[1:]).long()
-        total += torch.nn.functional.cross_entropy(logits, labels, reduction="sum").item()
-        count += int((labels != -100).sum())
-    return total, count
 
 
 @pytest.mark.parametrize(

@@ -10,13 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fixtures import ROOT, SMALL_VOCABULARY, tiny_config
+from fixtures import ROOT, SMALL_VOCABULARY, cross_entropy, tiny_config
 from launching import deepspeed, error_lines, flags, log_of, run
 
 from baichuan_sft import BaichuanForCausalLM, load_model, load_tokenizer
 from baichuan_sft.checkpoint import verify
-from baichuan_sft.data.formats import Message
-from baichuan_sft.data.template import render
 from baichuan_sft.errors import CheckpointFault, NumericalFault, UserError
 from baichuan_sft.train.order import RowOrder
 from baichuan_sft.train.parse import parse
@@ -256,17 +254,7 @@ def test_loss_is_the_mean_over_all_targets_of_the_update(train, nano):
         train_sampling_strategy="sequential",
         packing=False,
     )
-    model, tokenizer = load_model(nano), load_tokenizer(nano)
-    roles = {"human": "user", "gpt": "assistant"}
-    total, count = 0.0, 0
-    for record in json.loads(DATA.read_text())[:6]:
-        turns = [Message(roles[turn["from"]], turn["value"]) for turn in record["conversations"]]
-        rendered = render(turns, tokenizer)
-        with torch.no_grad():
-            logits = model(torch.tensor(rendered.input_ids)[None]).logits[0, :-1]
-        labels = torch.tensor(rendered.labels[1:]).long()
-        total += torch.nn.functional.cross_entropy(logits, labels, reduction="sum").item()
-        count += int((labels != -100).sum())
+    total, count = cross_entropy(load_model(nano), json.loads(DATA.read_text())[:6])
     # fp32 sums in another order
     assert log_of(out)[0]["loss"] == pytest.approx(total / count, abs=1e-5)
 
