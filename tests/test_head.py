@@ -7,7 +7,13 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from baichuan_sft.model import head_baichuan
-from baichuan_sft.model.head_baichuan import IGNORE, BaichuanHead, causal_lm_loss
+from baichuan_sft.model.head_baichuan import (
+    IGNORE,
+    Z_LOSS_KINDS,
+    BaichuanHead,
+    causal_lm_loss,
+    inverse_row_norms,
+)
 from baichuan_sft.model.modeling_baichuan import BaichuanForCausalLM
 
 B, T, D, V = 3, 11, 16, 50
@@ -27,14 +33,19 @@ def sample(dtype=torch.float32, seed=0):
     return hidden, weight, labels
 
 
-def plain_loss(hidden, weight, labels, normalize, num_items, z_loss_weight):
+def chunked_loss(hidden, weight, labels, *, normalize, **options):
+    norms = inverse_row_norms(weight.detach()) if normalize else None
+    return causal_lm_loss(hidden, weight, labels, inverse_norms=norms, **options)
+
+
+def plain_loss(hidden, weight, labels, normalize, num_items, z_loss_weight, z_loss_kind="max"):
     """The documented formula with whole logits, in the inputs' dtype up to the logits."""
     weight = F.normalize(weight, dim=1) if normalize else weight
     logits = F.linear(hidden, weight)[:, :-1].flatten(0, 1)
     logits = logits if logits.dtype == torch.float64 else logits.float()
     targets = labels[:, 1:].flatten()
     ce = F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
-    top = logits.max(dim=1).values.square()
+    top = (logits.max(dim=1).values if z_loss_kind == "max" else logits.logsumexp(dim=1)).square()
     if num_items is None:
         return ce / (targets != IGNORE).sum() + z_loss_weight * top.mean()
     return (ce + z_loss_weight * top[targets != IGNORE].sum()) / num_items
@@ -60,26 +71,28 @@ def chunk(request, monkeypatch):
 
 
 @pytest.mark.parametrize("num_items", [None, 40, torch.tensor(40)], ids=["own_count", "given", "tensor"])
-@pytest.mark.parametrize("z_loss_weight", [0.0, 0.05])
+@pytest.mark.parametrize("z_loss_kind", [None, *Z_LOSS_KINDS])
 @pytest.mark.parametrize("normalize", [False, True], ids=["plain", "normhead"])
 @pytest.mark.parametrize(
     "dtype, relative", [(torch.float32, FP32), (torch.bfloat16, BF16)], ids=["fp32", "bf16"]
 )
-def test_loss_and_gradients(dtype, relative, normalize, z_loss_weight, num_items, chunk):
+def test_loss_and_gradients(dtype, relative, normalize, z_loss_kind, num_items, chunk):
     hidden, weight, labels = sample(dtype)
+    z_loss_weight, z_loss_kind = 0.05 if z_loss_kind else 0.0, z_loss_kind or "max"
 
     def ours(hidden, weight):
-        return causal_lm_loss(
+        return chunked_loss(
             hidden,
             weight,
             labels,
             normalize=normalize,
             num_items_in_batch=num_items,
             z_loss_weight=z_loss_weight,
+            z_loss_kind=z_loss_kind,
         )
 
     def truth(hidden, weight):
-        return plain_loss(hidden, weight, labels, normalize, num_items, z_loss_weight)
+        return plain_loss(hidden, weight, labels, normalize, num_items, z_loss_weight, z_loss_kind)
 
     got = value_and_gradients(ours, hidden, weight, scale=3.0)
     expected = value_and_gradients(truth, hidden.double(), weight.double(), scale=3.0)
@@ -91,10 +104,14 @@ def test_loss_and_gradients(dtype, relative, normalize, z_loss_weight, num_items
         assert torch.equal(ours(hidden, weight), got[0])
 
 
-def test_z_loss_counts_for_something():
+@pytest.mark.parametrize("kind", Z_LOSS_KINDS)
+def test_z_loss_counts_for_something(kind):
     hidden, weight, labels = sample()
-    without = causal_lm_loss(hidden, weight, labels, normalize=True)
-    assert causal_lm_loss(hidden, weight, labels, normalize=True, z_loss_weight=0.05) > without + 1e-3
+    without = chunked_loss(hidden, weight, labels, normalize=True)
+    assert (
+        chunked_loss(hidden, weight, labels, normalize=True, z_loss_weight=0.05, z_loss_kind=kind)
+        > without + 1e-3
+    )
 
 
 @pytest.mark.parametrize("normalize", [False, True], ids=["plain", "normhead"])
@@ -104,7 +121,7 @@ def test_fp16_gradients_survive_division_by_many_targets(normalize):
     num_items, scale = 2**17, 2.0**16
 
     def ours(hidden, weight):
-        return causal_lm_loss(hidden, weight, labels, normalize=normalize, num_items_in_batch=num_items)
+        return chunked_loss(hidden, weight, labels, normalize=normalize, num_items_in_batch=num_items)
 
     def truth(hidden, weight):
         return plain_loss(hidden, weight, labels, normalize, num_items, 0.0)
@@ -119,13 +136,13 @@ def test_fp16_gradients_survive_division_by_many_targets(normalize):
 def test_frozen_weight_and_frozen_hidden(normalize, chunk):
     hidden, weight, labels = sample()
     _, d_hidden, d_weight = value_and_gradients(
-        lambda h, w: causal_lm_loss(h, w, labels, normalize=normalize), hidden, weight
+        lambda h, w: chunked_loss(h, w, labels, normalize=normalize), hidden, weight
     )
     h = hidden.clone().requires_grad_()
-    causal_lm_loss(h, weight, labels, normalize=normalize).backward()
+    chunked_loss(h, weight, labels, normalize=normalize).backward()
     assert torch.equal(h.grad, d_hidden)
     w = weight.clone().requires_grad_()
-    causal_lm_loss(hidden, w, labels, normalize=normalize).backward()
+    chunked_loss(hidden, w, labels, normalize=normalize).backward()
     assert torch.equal(w.grad, d_weight)
 
 
@@ -133,7 +150,7 @@ def test_frozen_weight_and_frozen_hidden(normalize, chunk):
 def test_no_target_is_zero_with_zero_gradients(num_items):
     hidden, weight, labels = sample()
     loss, d_hidden, d_weight = value_and_gradients(
-        lambda h, w: causal_lm_loss(
+        lambda h, w: chunked_loss(
             h, w, torch.full_like(labels, IGNORE), normalize=True, num_items_in_batch=num_items
         ),
         hidden,
@@ -147,13 +164,13 @@ def test_label_that_is_no_token_is_an_error(bad):
     hidden, weight, labels = sample()
     labels[0, 2] = bad
     with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
-        causal_lm_loss(hidden, weight, labels, normalize=False)
+        chunked_loss(hidden, weight, labels, normalize=False)
 
 
 def test_second_backward():
     hidden, weight, labels = sample()
     hidden.requires_grad_()
-    loss = causal_lm_loss(hidden, weight, labels, normalize=True)
+    loss = chunked_loss(hidden, weight, labels, normalize=True)
     loss.backward(retain_graph=True)
     once = hidden.grad.clone()
     loss.backward()
@@ -167,7 +184,7 @@ def test_row_of_zeros_in_normhead():
     hidden, weight, labels = sample()
     weight[5] = 0
     loss, d_hidden, d_weight = value_and_gradients(
-        lambda h, w: causal_lm_loss(h, w, labels, normalize=True), hidden, weight
+        lambda h, w: chunked_loss(h, w, labels, normalize=True), hidden, weight
     )
     assert loss.isfinite() and d_hidden.isfinite().all() and d_weight.isfinite().all()
     assert not F.linear(hidden, weight)[..., 5].any()
@@ -199,6 +216,34 @@ def test_normhead_logits_do_not_depend_on_row_lengths_and_leave_the_weight_alone
     assert torch.equal(head.weight, weight)
     head.weight.data.mul_(torch.linspace(0.1, 9, V)[:, None])
     assert_close(head(hidden), logits.double(), FP32)
+
+
+def test_norms_of_a_frozen_head_are_kept_until_it_changes(monkeypatch):
+    hidden, weight, labels = sample()
+    head = BaichuanHead(D, V, normalize=True)
+    head.weight.data.copy_(weight)
+    calls = []
+    monkeypatch.setattr(
+        head_baichuan, "inverse_row_norms", lambda weight: calls.append(0) or inverse_row_norms(weight)
+    )
+    head(hidden), head(hidden)
+    assert len(calls) == 2  # it may be trained between two calls
+    head.weight.requires_grad_(False)
+    logits, loss = head(hidden), head(hidden, labels)
+    assert len(calls) == 3
+    with torch.no_grad():
+        head.weight.mul_(torch.linspace(0.1, 9, V)[:, None])
+    assert_close(head(hidden), logits.double(), FP32)
+    assert_close(head(hidden, labels), loss.double(), FP32)
+    assert len(calls) == 4
+    head.load_state_dict({"weight": weight.roll(1, dims=0)})
+    assert_close(head(hidden), logits.roll(1, dims=-1).double(), FP32)
+    head.bfloat16()
+    assert head(hidden.bfloat16()).dtype == torch.bfloat16
+    assert len(calls) == 6
+    compiled = torch.compile(head, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(hidden.bfloat16()), head(hidden.bfloat16()))
+    assert len(calls) == 6
 
 
 class LargestTensor(TorchDispatchMode):

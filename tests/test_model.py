@@ -135,9 +135,9 @@ def test_loss_and_z_loss_of_the_vendor():
     identity = torch.eye(logits.shape[-1])  # a head that hands its input on
     labels = gold["loss_labels"].long()
     assert (labels == -100).any()
-    loss = causal_lm_loss(logits, identity, labels, normalize=False)
+    loss = causal_lm_loss(logits, identity, labels, inverse_norms=None)
     assert gap(loss, gold["loss_ce"]) < 1e-6
-    total = causal_lm_loss(logits, identity, labels, normalize=False, z_loss_weight=2e-4)
+    total = causal_lm_loss(logits, identity, labels, inverse_norms=None, z_loss_weight=2e-4)
     assert gap(total, gold["loss_total_zw_2e-4"]) < 1e-6
     assert gap((total - loss) / 2e-4, gold["loss_max_z_mean"]) < 1e-2  # a difference of 1e-3 of fp32 losses
 

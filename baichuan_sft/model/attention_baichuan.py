@@ -133,6 +133,10 @@ def attention_bias(config, hidden, attention_mask, position_ids, query_index, nu
     return torch.where(visible, bias, torch.finfo(dtype).min).to(dtype)
 
 
+# Attention implementations that take something else than ``attention_bias`` from the same arguments.
+PREPARE = {}
+
+
 def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
     """Attention written out: scores and softmax in fp32. Returns ``(B, T, N, H)`` and the weights."""
     scores = torch.matmul(query, key.transpose(2, 3)).float() * scaling

@@ -84,6 +84,7 @@ class BaichuanConfig(PreTrainedConfig):
         position_embedding: ``rope`` or ``alibi``; None infers it.
         lm_head: ``plain`` or ``norm``; None infers it.
         z_loss_weight: weight of the mean squared maximal logit in the loss (Baichuan2); None is 0.
+        z_loss_kind: ``max``, the vendor's, or ``logsumexp``, which the largest logit is close to.
 
     Raises:
         ValueError: the facts fit none of the four architectures.
@@ -94,6 +95,7 @@ class BaichuanConfig(PreTrainedConfig):
     # There is no model without a shape; transformers would otherwise build one to diff against on save.
     has_no_defaults_at_init = True
     z_loss_weight = 0.0
+    z_loss_kind = "max"
 
     def __init__(
         self,
@@ -108,6 +110,7 @@ class BaichuanConfig(PreTrainedConfig):
         position_embedding=None,
         lm_head=None,
         z_loss_weight=None,
+        z_loss_kind=None,
         initializer_range=0.02,
         rms_norm_eps=1e-6,
         use_cache=True,
@@ -148,6 +151,8 @@ class BaichuanConfig(PreTrainedConfig):
         # The key alone marks a Baichuan2 model, so the others are saved without it.
         if self.lm_head == "norm" or z_loss_weight:
             self.z_loss_weight = z_loss_weight or 0.0
+        if z_loss_kind is not None:
+            self.z_loss_kind = z_loss_kind
         self.initializer_range = initializer_range
         self.rms_norm_eps = rms_norm_eps
         self.use_cache = use_cache
@@ -177,6 +182,7 @@ class BaichuanConfig(PreTrainedConfig):
         for name, value, known in (
             ("position_embedding", self.position_embedding, POSITION_EMBEDDINGS),
             ("lm_head", self.lm_head, LM_HEADS),
+            ("z_loss_kind", self.z_loss_kind, ("max", "logsumexp")),
             ("hidden_act", self.hidden_act, ("silu",)),
             ("tie_word_embeddings", self.tie_word_embeddings, (False,)),
         ):

@@ -5,9 +5,11 @@ R rows (positions that enter the loss), D model width, V vocabulary, C rows of o
 
 import torch
 from torch import nn
+from torch.compiler import is_compiling
 from torch.nn import functional as F
 
 IGNORE = -100
+Z_LOSS_KINDS = ("max", "logsumexp")  # what is squared: the vendor's largest logit, or the log-normaliser
 # fp32 logits held at a time: 2**26 of them are 256 MiB, 533 rows at V = 125,696.
 LOGITS_PER_CHUNK = 2**26
 NORM_EPS = 1e-12
@@ -31,11 +33,32 @@ class BaichuanHead(nn.Linear):
     def __init__(self, hidden_size, vocab_size, normalize=False, device=None, dtype=None):
         super().__init__(hidden_size, vocab_size, bias=False, device=device, dtype=dtype)
         self.normalize = normalize
+        self._kept = None, None  # what the norms of a frozen weight belong to, and they
 
     def extra_repr(self):
         return f"{super().extra_repr()}, normalize={self.normalize}"
 
-    def forward(self, hidden, labels=None, num_items_in_batch=None, z_loss_weight=0.0):
+    def inverse_norms(self, weight):
+        """``inverse_row_norms``, or None without NormHead.
+
+        Those of a frozen weight are kept: for one generated token the norms would read as much as the
+        product does. A compiled graph takes them unseen; ``generate`` reads the prompt uncompiled first.
+        """
+        if not self.normalize:
+            return None
+        if is_compiling():
+            return inverse_row_norms(weight) if self._kept[1] is None else self._kept[1]
+        if self.weight.requires_grad or self.weight.is_inference():
+            self._kept = None, None
+            return inverse_row_norms(weight)
+        belongs = self.weight.data_ptr(), self.weight._version, weight.dtype, weight.device
+        if self._kept[0] != belongs:
+            self._kept = belongs, inverse_row_norms(weight)
+        return self._kept[1]
+
+    def forward(
+        self, hidden, labels=None, num_items_in_batch=None, z_loss_weight=0.0, z_loss_kind=Z_LOSS_KINDS[0]
+    ):
         """Logits ``(..., V)`` without labels, else the scalar fp32 loss; see ``causal_lm_loss``."""
         weight = self.weight
         if torch.is_autocast_enabled(hidden.device.type):
@@ -46,18 +69,29 @@ class BaichuanHead(nn.Linear):
                 hidden,
                 weight,
                 labels,
-                normalize=self.normalize,
+                inverse_norms=self.inverse_norms(weight.detach()),  # their gradient is in the loss's own
                 num_items_in_batch=num_items_in_batch,
                 z_loss_weight=z_loss_weight,
+                z_loss_kind=z_loss_kind,
             )
-        logits = F.linear(hidden, weight)
-        return logits * inverse_row_norms(weight).to(logits.dtype) if self.normalize else logits
+        logits, inverse_norms = F.linear(hidden, weight), self.inverse_norms(weight)
+        return logits if inverse_norms is None else logits * inverse_norms.to(logits.dtype)
 
 
-def causal_lm_loss(hidden, weight, labels, *, normalize, num_items_in_batch=None, z_loss_weight=0.0):
+def causal_lm_loss(
+    hidden,
+    weight,
+    labels,
+    *,
+    inverse_norms,
+    num_items_in_batch=None,
+    z_loss_weight=0.0,
+    z_loss_kind=Z_LOSS_KINDS[0],
+):
     """Next-token cross-entropy plus z-loss, in chunks of rows.
 
-    ``loss = sum(CE over targets) / N  +  z_loss_weight * sum(max logit ** 2) / M``. Called on its own
+    ``loss = sum(CE over targets) / N  +  z_loss_weight * sum(z ** 2) / M``, z a row's largest logit or the
+    logarithm of its summed exponentials. Called on its own
     (``num_items_in_batch`` None) it is the vendor's: N is the number of targets here and the z-loss
     averages over all B * (T - 1) positions, padding included. In training N is the number of targets
     of the whole update over all micro-batches and ranks, and the z-loss runs over the same targets
@@ -66,7 +100,9 @@ def causal_lm_loss(hidden, weight, labels, *, normalize, num_items_in_batch=None
     Args:
         hidden: ``(B, T, D)``. weight: ``(V, D)``.
         labels: ``(B, T)`` token ids or IGNORE; position t is predicted from position t - 1.
+        inverse_norms: ``(V,)`` of NormHead's rows (``inverse_row_norms``), None for a plain head.
         num_items_in_batch: N, an int or a tensor; None counts here.
+        z_loss_kind: one of ``Z_LOSS_KINDS``.
     Returns:
         fp32 scalar; 0, with zero gradients, where there is no target.
     Source: baichuan-inc/Baichuan2-7B-Base modeling_baichuan.py ``BaichuanForCausalLM.forward``.
@@ -81,12 +117,12 @@ def causal_lm_loss(hidden, weight, labels, *, normalize, num_items_in_batch=None
     if not z_loss_weight or num_items_in_batch is not None:
         rows = is_target.nonzero().squeeze(1)
         hidden, targets = hidden[rows], targets[rows]
-    z_scale = z_loss_weight * ce_divisor / z_divisor if z_loss_weight else None
+    z_loss = (z_loss_kind, z_loss_weight * ce_divisor / z_divisor) if z_loss_weight else None
     needs_grad = torch.is_grad_enabled()
-    return _ChunkedLossSum.apply(hidden, weight, targets, normalize, z_scale, needs_grad) / ce_divisor
+    return _ChunkedLossSum.apply(hidden, weight, targets, inverse_norms, z_loss, needs_grad) / ce_divisor
 
 
-def _chunk_loss_and_grad(logits, targets, z_scale):
+def _chunk_loss_and_grad(logits, targets, z_loss):
     """Loss sum of one chunk; ``logits`` (C, V) is overwritten by d loss / d logits.
 
     Raises:
@@ -96,13 +132,26 @@ def _chunk_loss_and_grad(logits, targets, z_scale):
     columns = targets.unsqueeze(1).masked_fill(~is_target, 0)
     log_normalizer = torch.logsumexp(logits, dim=1, keepdim=True)
     loss = ((log_normalizer - logits.gather(1, columns)) * is_target).sum()
-    top = logits.max(dim=1, keepdim=True) if z_scale is not None else None
-    grad = logits.sub_(log_normalizer).exp_().mul_(is_target)
+    kind, z_scale = z_loss or (None, 0.0)
+    top = logits.max(dim=1, keepdim=True) if kind == "max" else None
+    probabilities = logits.sub_(log_normalizer).exp_()
+    if kind == "logsumexp":
+        loss = loss + log_normalizer.square().sum() * z_scale
+        grad = probabilities.mul_(is_target + 2 * z_scale * log_normalizer)
+    else:
+        grad = probabilities.mul_(is_target)
     grad.scatter_add_(1, columns, -is_target.to(grad.dtype))
     if top is not None:
         loss = loss + top.values.square().sum() * z_scale
         grad.scatter_add_(1, top.indices, 2 * z_scale * top.values)
     return loss, grad
+
+
+def _product(rows, columns):
+    """fp32 ``rows @ columns``; a GPU need not round what it summed in fp32 to half precision first."""
+    if rows.is_cuda and rows.dtype != torch.float32:
+        return torch.mm(rows, columns, out_dtype=torch.float32)
+    return (rows @ columns).float()
 
 
 class _ChunkedLossSum(torch.autograd.Function):
@@ -116,10 +165,9 @@ class _ChunkedLossSum(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, normalize, z_scale, needs_grad):
+    def forward(ctx, hidden, weight, targets, inverse_norms, z_loss, needs_grad):
         need_hidden = needs_grad and ctx.needs_input_grad[0]
         need_weight = needs_grad and ctx.needs_input_grad[1]
-        inverse_norms = inverse_row_norms(weight) if normalize else None
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         d_hidden = torch.empty_like(hidden) if need_hidden else None
         # fp32: thousands of chunks' bf16 sums would lose the small ones
@@ -127,10 +175,10 @@ class _ChunkedLossSum(torch.autograd.Function):
         size = max(1, LOGITS_PER_CHUNK // weight.shape[0])
         for start in range(0, hidden.shape[0], size):
             chunk = hidden[start : start + size]
-            logits = F.linear(chunk, weight).float()  # (C, V)
+            logits = _product(chunk, weight.T)  # (C, V)
             if inverse_norms is not None:
                 logits *= inverse_norms
-            part, grad = _chunk_loss_and_grad(logits, targets[start : start + size], z_scale)
+            part, grad = _chunk_loss_and_grad(logits, targets[start : start + size], z_loss)
             loss += part
             if d_weight is not None and weight.dtype == torch.float32:
                 d_weight.addmm_(grad.T, chunk)  # without a second (V, D)
@@ -152,8 +200,11 @@ class _ChunkedLossSum(torch.autograd.Function):
         if d_hidden is not None:
             d_hidden = (d_hidden.float() * grad_loss).to(d_hidden.dtype)
         if d_weight is not None:
-            out = torch.empty_like(d_weight, dtype=ctx.weight_dtype)
-            d_weight = torch.mul(d_weight, grad_loss, out=out)
+            if d_weight.dtype == ctx.weight_dtype:
+                d_weight.mul_(grad_loss)  # no second (V, D); another backward through it is an error
+            else:
+                out = torch.empty_like(d_weight, dtype=ctx.weight_dtype)
+                d_weight = torch.mul(d_weight, grad_loss, out=out)
         return d_hidden, d_weight, None, None, None, None
 
 

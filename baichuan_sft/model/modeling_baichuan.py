@@ -17,7 +17,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import can_return_tuple
 
-from .attention_baichuan import apply_rope, attention_bias, eager_attention_forward, rope_angles
+from .attention_baichuan import PREPARE, apply_rope, attention_bias, eager_attention_forward, rope_angles
 from .chat_baichuan import ChatMixin
 from .chat_template_baichuan import read_messages  # noqa: F401  (older transformers copy direct imports only)
 from .configuration_baichuan import BaichuanConfig
@@ -180,7 +180,8 @@ class BaichuanModel(BaichuanPreTrainedModel):
         # Only eager attention has weights to return, and it adds the bias to fp32 scores.
         eager = output_attentions or config._attn_implementation == "eager"
         dtype = torch.float32 if eager else hidden.dtype
-        bias = attention_bias(config, hidden, attention_mask, position_ids, query_index, num_keys, dtype)
+        prepare = attention_bias if eager else PREPARE.get(config._attn_implementation, attention_bias)
+        bias = prepare(config, hidden, attention_mask, position_ids, query_index, num_keys, dtype)
         rope = None
         if config.position_embedding == "rope":
             rope = rope_angles(query_index[None] if position_ids is None else position_ids, config.head_dim)
@@ -266,7 +267,8 @@ class BaichuanForCausalLM(BaichuanPreTrainedModel, ChatMixin, GenerationMixin):
         )
         hidden, loss, logits = outputs.last_hidden_state, None, None
         if labels is not None:
-            loss = self.lm_head(hidden, labels, num_items_in_batch, self.config.z_loss_weight)
+            z_loss = self.config.z_loss_weight, self.config.z_loss_kind
+            loss = self.lm_head(hidden, labels, num_items_in_batch, *z_loss)
         if labels is None or not (self.training if skip_logits is None else skip_logits):
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden[:, keep])

@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from baichuan_sft.attention import BACKENDS
 from baichuan_sft.data.arguments import DataArguments
 
 
@@ -22,7 +23,11 @@ class ModelArguments:
         metadata={"help": "Directory of a Baichuan model (weights, config, tokenizer)."}
     )
     attn: str = field(
-        default="sdpa", metadata={"help": "Attention implementation.", "choices": ["sdpa", "eager"]}
+        default="auto",
+        metadata={
+            "help": "Attention; auto picks the fastest that works here, and says why.",
+            "choices": ["auto", *BACKENDS],
+        },
     )
     check_reload: bool = field(
         default=True,

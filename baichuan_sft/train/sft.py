@@ -53,7 +53,7 @@ def train(settings: Settings, inputs: Inputs) -> None:
         args=args,
         train_dataset=lay_out(settings, args, inputs.train),
         eval_dataset=None if held_out is None else lay_out(settings, args, held_out, evaluate=True),
-        data_collator=FactsCollator(inputs.tokenizer.pad_token_id),
+        data_collator=FactsCollator(inputs.tokenizer.pad_token_id, **batch_shape(settings, args)),
         processing_class=inputs.tokenizer,
         record=record,
         check_reload=settings.model.check_reload,
@@ -109,6 +109,13 @@ def quieten_bars() -> None:
 
     if not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0":
         logging.disable_progress_bar()
+
+
+def batch_shape(settings: Settings, args: Any) -> dict[str, int]:
+    """On a GPU packed batches are all of one shape, for which kernels are compiled once."""
+    if args.device.type == "cpu" or not settings.data.packing:
+        return {}
+    return {"pad_to_multiple_of": 128, "pad_to_capacity": settings.data.packing_tokens}
 
 
 # --- arguments, model -------------------------------------------------------------------------------
@@ -200,15 +207,15 @@ def load_base(settings: Settings, args: Any) -> Any:
     """The base model, in fp32 where mixed precision runs without DeepSpeed, which keeps no master weights."""
     import torch
 
-    from baichuan_sft.checkpoint import load_model
+    from baichuan_sft.attention import choose
+    from baichuan_sft.checkpoint import load_config, load_model
 
+    path = settings.model.model_name_or_path
     half = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
     keeps_master = bool(args.deepspeed) or settings.lora.use_lora
-    return load_model(
-        settings.model.model_name_or_path,
-        dtype=half if keeps_master else torch.float32,
-        attn=settings.model.attn,
-    ).train()
+    attn, why = choose(settings.model.attn, load_config(path).position_embedding, args.device.type, half)
+    say(f"attention: {attn}, {why}")
+    return load_model(path, dtype=half if keeps_master else torch.float32, attn=attn).train()
 
 
 def prepare_generation(model: Any) -> None:
