@@ -26,7 +26,9 @@ lint: .venv/installed
 	$(BIN)/mypy
 
 bench: .venv/installed
-	$(BIN)/python benchmarks/head_memory.py
+	$(BIN)/python benchmarks/loss.py
+	$(BIN)/python benchmarks/comm.py
+	$(BIN)/python benchmarks/scaling.py
 	@echo "with data of your own: benchmarks/data.py and benchmarks/packing.py, see their --help"
 
 .venv/installed: pyproject.toml constraints.txt

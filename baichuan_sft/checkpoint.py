@@ -9,6 +9,7 @@ from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 from baichuan_sft.errors import CheckpointFault, UserError, first_line
+from baichuan_sft.quantization import quantization_config
 
 if TYPE_CHECKING:
     import torch
@@ -253,7 +254,12 @@ def verify(path: str | Path) -> None:
 
 
 def load_model(
-    path: str | Path, *, dtype: torch.dtype | str = "auto", attn: str = "sdpa", device: Any = None
+    path: str | Path,
+    *,
+    dtype: torch.dtype | str = "auto",
+    attn: str = "sdpa",
+    device: Any = None,
+    quantize: str | None = None,
 ) -> Any:
     """A Baichuan model, or an adapter on its base, in eval mode.
 
@@ -266,15 +272,22 @@ def load_model(
     Raises:
         UserError: not a Baichuan model. CheckpointFault: weights that do not fit it.
     """
+    import baichuan_sft.attention  # noqa: F401  (makes its backends known)
     from baichuan_sft.model.modeling_baichuan import BaichuanForCausalLM
 
     base = base_of(path)
     config = load_config(base)
     known = {name: s for name, s in file_shapes(Path(base)).items() if "rotary_emb.inv_freq" not in name}
     compare_shapes(base, known, expected_shapes(config))
+    options: dict[str, Any] = {}
+    if quantize is not None:
+        # Each layer is quantised when it reaches its device; moved afterwards, the whole would pass through.
+        compute = config.dtype if dtype == "auto" else dtype
+        options["quantization_config"] = quantization_config(quantize, compute)
+        options["device_map"] = {"": device or "cpu"}
     try:
         loaded: Any = BaichuanForCausalLM.from_pretrained(
-            base, config=config, dtype=dtype, attn_implementation=attn, output_loading_info=True
+            base, config=config, dtype=dtype, attn_implementation=attn, output_loading_info=True, **options
         )
     except (OSError, RuntimeError) as error:
         raise CheckpointFault(f"{base}: its weights cannot be read: {first_line(error)}") from None
@@ -289,4 +302,4 @@ def load_model(
         if settings.is_file():  # PEFT would keep the base's
             model.generation_config = GenerationConfig.from_dict(read_json(settings))
         model = PeftModel.from_pretrained(model, path)
-    return (model if device is None else model.to(device)).eval()
+    return (model if device is None or quantize else model.to(device)).eval()

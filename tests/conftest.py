@@ -3,6 +3,7 @@
 import os
 
 import pytest
+import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -36,3 +37,13 @@ def small():
     from baichuan_sft.model.tokenization_baichuan import BaichuanTokenizer
 
     return BaichuanTokenizer(SMALL_VOCABULARY)
+
+
+def pytest_collection_modifyitems(items):
+    """Tests marked gpu are skipped where there is none."""
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)

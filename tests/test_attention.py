@@ -20,7 +20,7 @@ IGNORE = -100
 T = 40
 # fp32: two layers of sums of at most 200 terms of order 1, each rounded to 6e-8, in another order.
 FORWARD, GRADIENT = 5e-6, 5e-6
-# A score that holds slope * j, at most 0.5 * 200 here, is rounded to half of 7.6e-6, and so is each sum in it.
+# A score that holds slope * j, at most 0.5 * 200 here, is rounded to half of 7.6e-6, as is each sum in it.
 AUGMENTED = 2e-5
 
 
@@ -177,7 +177,6 @@ def test_equals_eager(arch, name, kind, stand_ins):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("kind", BATCHES, ids=lambda kind: kind.__name__)
 @pytest.mark.parametrize("name", [name for name in BACKENDS if name != "eager"])
 @pytest.mark.parametrize("arch", ARCHES)

@@ -7,10 +7,7 @@ from launching import deepspeed, flags, log_of, make_nano
 
 from baichuan_sft.checkpoint import verify
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 
 
 @pytest.mark.parametrize("attn", ["eager", "sdpa"])

@@ -12,7 +12,7 @@ LAYERS = [
     {"errors"},
     {"arguments", "model"},
     {"variants"},
-    {"data", "attention"},
+    {"data", "attention", "quantization"},
     {"checkpoint", "plan"},
     {"train", "infer", "datatools", "export", "evaluate", "doctor", "launch"},
     {"cli"},

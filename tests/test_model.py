@@ -20,12 +20,12 @@ from transformers import DynamicCache, StaticCache
 from baichuan_sft.model import modeling_baichuan
 from baichuan_sft.model.attention_baichuan import (
     alibi_slopes,
-    apply_rope,
     attention_bias,
     rope_angles,
     segments_from_positions,
 )
 from baichuan_sft.model.configuration_baichuan import BaiChuanConfig, BaichuanConfig
+from baichuan_sft.model.elementwise_baichuan import split_and_rotate
 from baichuan_sft.model.head_baichuan import BaichuanHead, causal_lm_loss
 from baichuan_sft.model.modeling_baichuan import BaichuanForCausalLM, BaichuanRMSNorm
 from baichuan_sft.variants import VARIANTS
@@ -77,8 +77,9 @@ def test_rope_tables(head_dim, version):
         reference = gold[f"{version}_{name}_{head_dim}"]
         # An fp32 angle of p has an error of p * 2**-24, so two fp32 tables differ by as much.
         slack = positions.max().item() * 2.0**-23
-        assert gap(ours[0, 0], reference) <= slack
-        assert_no_worse_than(ours[0, 0], reference, torch.cat((exact, exact), dim=-1), slack)
+        ours = ours[0, :, 0, 0].repeat(1, 2)
+        assert gap(ours, reference) <= slack
+        assert_no_worse_than(ours, reference, torch.cat((exact, exact), dim=-1), slack)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF_DTYPES], ids=str)
@@ -86,11 +87,14 @@ def test_rope_tables(head_dim, version):
 def test_rotation_rounds_no_worse_than_the_vendor(dtype, version):
     gold = load_file(GOLDEN / "misc" / "rope.safetensors")
     cos, sin = rope_angles(gold["position_ids"].long(), gold["q"].shape[-1])
-    for name in "qk":
+    qkv = torch.stack([gold[name].to(dtype).transpose(1, 2) for name in "qkk"], dim=2)  # (B, T, 3, N, H)
+    *rotated, value = split_and_rotate(qkv, cos, sin)
+    assert torch.equal(value, gold["k"].to(dtype))
+    wide_cos, wide_sin = (x.double()[:, None, :, 0, 0].repeat(1, 1, 1, 2) for x in (cos, sin))
+    for name, ours in zip("qk", rotated):
         x = gold[name].to(dtype)
         first, second = x.double().chunk(2, dim=-1)
-        truth = x.double() * cos.double() + torch.cat((-second, first), dim=-1) * sin.double()
-        ours = apply_rope(x, cos, sin)
+        truth = x.double() * wide_cos + torch.cat((-second, first), dim=-1) * wide_sin
         assert ours.dtype == dtype
         reference = gold[f"{version}_{name}_{str(dtype).removeprefix('torch.')}"]
         assert_no_worse_than(ours, reference, truth, last_rounding(truth, dtype))

@@ -143,7 +143,6 @@ def test_defaults_are_the_parsers(text):
     presets = ("lora_rank", "lora_alpha", "lora_dropout")
     defaults |= dict(zip(presets, tables.LORA_PRESETS["default"], strict=True))
     defaults["learning_rate"] = tables.LEARNING_RATES["full"]
-    defaults["gradient_checkpointing"] = defaults["gradient_checkpointing"] or False
     table = rows(text, r"--\w+")
     assert len(table) > 12
     for flag, (said, _) in table.items():

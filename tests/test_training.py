@@ -15,6 +15,8 @@ from launching import deepspeed, error_lines, flags, log_of, run
 
 from baichuan_sft import BaichuanForCausalLM, load_model, load_tokenizer
 from baichuan_sft.checkpoint import verify
+from baichuan_sft.data.formats import Message
+from baichuan_sft.data.template import render
 from baichuan_sft.errors import CheckpointFault, NumericalFault, UserError
 from baichuan_sft.train.order import RowOrder
 from baichuan_sft.train.parse import parse
@@ -180,9 +182,29 @@ def test_neftune_and_train_on_change_the_run(train, tmp_path):
 
 
 def test_log_has_speed_and_padding(train):
-    row = log_of(train())[0]
+    row = log_of(train(packing_tokens=512))[0]
     assert row["tokens_per_second"] > row["targets_per_second"] > 0
     assert 0 < row["padding_share"] < 1
+    assert 0.1 < row["peak_gib"] < 64  # of this process, with torch and transformers in it
+    assert "mfu" not in row  # nobody said what this CPU could do
+
+
+def test_mfu_is_of_the_stated_peak(train, nano, capsys, tmp_path):
+    """A run of one update: its tokens per second times the FLOPs of one, against 10^10 FLOP/s."""
+    options = dict(packing=False, per_device_train_batch_size=70, max_steps=1, attn="sdpa")
+    (row,) = log_of(train(peak_tflops=0.01, **options))
+    record = json.loads((tmp_path / "out" / "run.json").read_text())["data"]["report"]
+    tokenizer, squares = load_tokenizer(SMALL_VOCABULARY), 0
+    for one in json.loads(DATA.read_text()):
+        roles = {"human": "user", "gpt": "assistant"}
+        turns = [Message(roles[turn["from"]], turn["value"]) for turn in one["conversations"]]
+        squares += len(render(turns, tokenizer).input_ids) ** 2
+    # two layers of width 48 and MLP width 96, vocabulary 6144: 3 passes, 2 FLOPs per weight
+    layers = 2 * (4 * 48 * 48 + 3 * 48 * 96)
+    head = 6144 * 48 * record["supervised_tokens"] / record["tokens"]
+    each = 6 * (layers + head) + 6 * 2 * 48 * squares / record["tokens"]
+    assert row["mfu"] == pytest.approx(row["tokens_per_second"] * each / 1e10, rel=1e-6)
+    assert f" mfu {row['mfu']:.1%} GiB " in capsys.readouterr().out
 
 
 def test_packing_says_what_it_does_and_warns_where_one_update_takes_all(train, capsys, monkeypatch):
@@ -204,7 +226,23 @@ def test_packing_says_what_it_does_and_warns_where_one_update_takes_all(train, c
 def test_the_order_of_rows_follows_packing(words, strategy):
     settings = parse([*REQUIRED, *words.split()])
     assert settings.training["train_sampling_strategy"] == strategy
-    assert settings.data.packing_tokens == settings.data.model_max_length == 512
+
+
+@pytest.mark.parametrize(
+    "words, training, evaluation",
+    [
+        ("", (4096, 1), (4096, 1)),
+        ("--per_device_train_batch_size 2 --per_device_eval_batch_size 6", (1024, 1), (1024, 3)),
+        ("--per_device_train_batch_size 2 --per_device_eval_batch_size 1", (1024, 1), (512, 1)),
+        ("--packing_tokens 512", (512, 8), (512, 8)),
+        ("--attn sdpa", (512, 8), (512, 8)),  # its mask grows with the square of a row
+        ("--packing False", (None, 8), (None, 8)),
+    ],
+)
+def test_a_packed_micro_batch_is_one_row(words, training, evaluation):
+    settings = parse([*REQUIRED, "--dev_ratio", "0.1", *words.split()])
+    assert settings.row_shape() == training
+    assert settings.row_shape(evaluate=True) == evaluation
 
 
 class SameUpdates(RowOrder):
@@ -298,6 +336,14 @@ def test_a_loss_of_zero_over_targets_stops(train, monkeypatch):
 
 def _zero_loss(self, hidden, labels=None, *args):
     return hidden.sum() * 0
+
+
+def test_a_model_is_not_written_beside_an_adapter(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    words = [*REQUIRED[: REQUIRED.index("--output_dir")], "--output_dir", str(tmp_path)]
+    with pytest.raises(UserError, match="an adapter lies there"):
+        parse(words)
+    assert parse([*words, "--use_lora", "True"]).lora.use_lora
 
 
 def test_a_gradient_norm_that_is_not_finite_stops(train, monkeypatch):

@@ -109,7 +109,7 @@ def choose(name: str, position: str, device: str, dtype: torch.dtype) -> tuple[s
         UserError: unknown name. EnvironmentFault: one that cannot train on this machine.
     """
     if name == "auto":
-        reasons = []
+        reasons: list[str] = []
         for candidate in PREFERENCES["cpu" if device == "cpu" else position]:
             reason = BACKENDS[candidate].why_not(device, dtype)
             if reason is None:

@@ -132,7 +132,7 @@ def varlen(query, key, value, layout, scaling):
     else:  # the first release divides by the root of the width, whatever it stands for
         q = q * (scaling * q.shape[-1] ** 0.5)
     longest = max(layout.lengths)
-    out = varlen_attn(q, k, v, layout.extra, layout.extra, longest, longest, **causal)
+    out: Any = varlen_attn(q, k, v, layout.extra, layout.extra, longest, longest, **causal)
     return out.view(query.shape[0], query.shape[2], query.shape[1], -1)
 
 

@@ -34,8 +34,9 @@ def run_numbers(
     attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None, shape
 ) -> torch.Tensor:
     """Number of the run of each token, int64 ``(B, T)``, from 1 in each row; see ``Layout``."""
-    device = (attention_mask if position_ids is None else position_ids).device
-    changes = torch.zeros(shape, dtype=torch.bool, device=device)
+    given = attention_mask if position_ids is None else position_ids
+    assert given is not None
+    changes = torch.zeros(shape, dtype=torch.bool, device=given.device)
     if position_ids is not None:
         changes |= F.pad(segments_from_positions(position_ids.expand(shape)).diff(dim=1) != 0, (1, 0))
     if attention_mask is not None:

@@ -53,7 +53,9 @@ class DataArguments:
     dev_ratio: float = option(0.0, "Share of the conversations that is held out for evaluation.")
     eval_data_path: str | None = option(None, "Conversations for evaluation, in files of their own.")
     packing: bool = option(True, "Pack conversations into rows; they never see each other.")
-    packing_tokens: int | None = option(None, "Tokens of a packed row; default model_max_length.")
+    packing_tokens: int | None = option(
+        None, "Tokens of a packed row; default model_max_length times the rows per device."
+    )
     streaming: bool = option(
         False, "Tokenise while training; for data larger than the disk. Needs --max_steps."
     )

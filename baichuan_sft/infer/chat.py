@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from baichuan_sft.arguments import Parser, at_least_1, number
 from baichuan_sft.errors import EnvironmentFault, UserError, first_line
+from baichuan_sft.quantization import QUANTIZATIONS, num_elements, quantization_of
 
 DTYPES = {"auto": "auto", "bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 EXAMPLE = """baichuan-sft chat out
   baichuan-sft chat out/checkpoint-100 --greedy --system 'Answer briefly.'
-  baichuan-sft chat Baichuan2-7B-Chat --dtype bf16 --temperature 0.3 --top_p 0.85 < questions.txt"""
+  baichuan-sft chat Baichuan2-13B-Chat --dtype bf16 --quantize nf4
+  baichuan-sft chat Baichuan2-7B-Chat --dtype bf16 --compile --temperature 0.3 --top_p 0.85 < questions.txt"""
 
 
 def build_parser() -> Parser:
@@ -26,6 +30,12 @@ def build_parser() -> Parser:
     seed = number(int, "a whole number from 0 to 4294967295", lambda n: 0 <= n < 2**32)
     parser.add_argument("path", metavar="DIR", help="directory of a model, an adapter or a checkpoint")
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights (auto: as stored)")
+    parser.add_argument(
+        "--quantize", choices=QUANTIZATIONS, help="linear layers in 8 or 4 bits (bitsandbytes)"
+    )
+    parser.add_argument(
+        "--compile", action="store_true", help="static cache and CUDA graphs: faster after the first answer"
+    )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (cuda where there is one)")
     parser.add_argument("--system", default="", metavar="TEXT", help="system message")
     parser.add_argument("--max_new_tokens", type=at_least_1, metavar="N", help="longest answer, tokens")
@@ -63,7 +73,7 @@ def load(args: Any) -> tuple[Any, Any]:
 
     Raises:
         UserError: no Baichuan model there, or a tokenizer or an answer's length that does not fit it.
-        EnvironmentFault: no such device.
+        EnvironmentFault: no such device, or one that cannot do what was asked.
     """
     from transformers import set_seed
     from transformers.utils.logging import disable_progress_bar
@@ -71,11 +81,14 @@ def load(args: Any) -> tuple[Any, Any]:
     from baichuan_sft.checkpoint import base_of, load_config, load_model, load_tokenizer
 
     device = _device(args.device)
+    if args.compile:
+        _check_compile(args.quantize, device)
     if not sys.stderr.isatty():
         disable_progress_bar()
     config, tokenizer = load_config(base_of(args.path)), load_tokenizer(args.path)
     _check_fit(args, config, tokenizer)
-    model = load_model(args.path, dtype=DTYPES[args.dtype], device=device)
+    model = load_model(args.path, dtype=DTYPES[args.dtype], device=device, quantize=args.quantize)
+    model.requires_grad_(False)  # NormHead then keeps the norms of its rows
     if args.seed is not None:
         set_seed(args.seed)
     return model, tokenizer
@@ -90,6 +103,69 @@ def _device(name: str | None) -> str:
         return str(torch.empty(0, device=name).device)
     except (RuntimeError, AssertionError) as error:  # an assertion where torch is built without CUDA
         raise EnvironmentFault(f"--device {name}: {first_line(error)}") from None
+
+
+def _check_compile(quantize: str | None, device: str) -> None:
+    if quantize:
+        raise UserError(
+            f"--compile and --quantize {quantize} are both given; transformers compiles no bitsandbytes "
+            "model. Keep --compile for speed, --quantize for memory."
+        )
+    if device.startswith("cpu"):
+        raise EnvironmentFault("--compile: transformers compiles on GPUs only, this is a CPU; leave it out.")
+
+
+def static_cache(model: Any) -> Any:
+    """A key-value cache of the whole context, on which ``generate`` compiles the step of one token.
+
+    Of the whole context from the start: for one that grows with the conversation each turn would be compiled
+    anew.
+    """
+    from transformers import StaticCache
+
+    return StaticCache(config=model.config, max_cache_len=model.config.context_length)
+
+
+def states(chat: Any, messages: list[dict[str, str]], show: Callable[[str], None]) -> None:
+    """Call ``show`` with the whole answer so far, after each token.
+
+    Args:
+        chat: model, tokenizer and options, a static cache among them or not (``terminal.Conversation``).
+    """
+    cache = chat.options.get("past_key_values")
+    if cache is None:
+        # Streamed in any case: only a stream can be stopped and still leave what it had.
+        with contextlib.closing(
+            chat.model.chat(chat.tokenizer, messages, stream=True, **chat.options)
+        ) as stream:
+            for state in stream:
+                show(state)
+        return
+    cache.reset()
+    # In this thread: CUDA graphs belong to the one that recorded them, and a stream starts its own.
+    chat.model.chat(chat.tokenizer, messages, streamer=_streamer(chat.tokenizer, show), **chat.options)
+
+
+def _streamer(tokenizer: Any, show: Callable[[str], None]) -> Any:
+    """What ``generate`` hands the prompt and then each token to."""
+    from transformers.generation.streamers import BaseStreamer
+
+    from baichuan_sft.model.chat_baichuan import answer_text
+
+    class Streamer(BaseStreamer):
+        ids: list[int] | None = None  # before the prompt
+
+        def put(self, value: Any) -> None:
+            if self.ids is None:
+                self.ids = []
+                return
+            self.ids += value.reshape(-1).tolist()
+            show(answer_text(tokenizer, self.ids))
+
+        def end(self) -> None:
+            """Nothing: ``generate`` returns."""
+
+    return Streamer()
 
 
 def _check_fit(args: Any, config: Any, tokenizer: Any) -> None:
@@ -107,8 +183,10 @@ def describe(model: Any) -> str:
     """One line: architecture, size, dtype, device and adapter of what was loaded."""
     shape = f"{architecture(model.config)} shape"
     # An adapter's parameters are wrapped around the base's, not beside them.
-    base = sum(weight.numel() for name, weight in model.named_parameters() if "lora_" not in name)
+    base = sum(num_elements(weight) for name, weight in model.named_parameters() if "lora_" not in name)
     line = f"{shape}, {base:,} parameters, {str(model.dtype).removeprefix('torch.')} on {model.device}"
+    if quantized := quantization_of(model):
+        line += f", linear layers in {quantized}"
     for adapter in getattr(model, "peft_config", {}).values():
         line += f", adapter {','.join(sorted(adapter.target_modules))} r={adapter.r}"
     return line

@@ -16,7 +16,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from baichuan_sft.errors import UserError, pick
-from baichuan_sft.infer.chat import build_parser, describe, first_line, generation_options, load
+from baichuan_sft.infer.chat import (
+    build_parser,
+    describe,
+    first_line,
+    generation_options,
+    load,
+    states,
+    static_cache,
+)
 
 FENCE = '"""'
 # Moves the cursor, hides or reorders text. Joiners stay: emoji are made with them.
@@ -28,7 +36,7 @@ class Conversation:
     """Who answers, how, and what was said.
 
     Attributes:
-        options: what ``model.chat`` takes over the model's own generation settings.
+        options: what ``model.chat`` takes over the model's own generation settings; a static cache too.
         system: text of the system message; empty for none.
         interactive: a person reads and types: there are prompts, and the speed is shown.
         messages: turns so far, user and assistant in alternation.
@@ -60,6 +68,8 @@ def main(argv: list[str] | None = None) -> int:
             stream.reconfigure(errors="replace")  # a stray byte is no reason to end a conversation
     model, tokenizer = load(args)
     notice(describe(model))
+    if args.compile:
+        options["past_key_values"] = static_cache(model)
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     if interactive:
         edit_lines()
@@ -165,16 +175,15 @@ def answer(chat: Conversation, text: str) -> None:
     if chat.interactive:
         print("assistant> ", end="", flush=True)
     start = time.monotonic()
+
+    def show(state: str) -> None:
+        nonlocal reply, shown, num_tokens
+        reply, num_tokens = state, num_tokens + 1
+        if chat.stream:
+            shown += write(complete(reply)[shown:])
+
     try:
-        # Streamed in any case: only a stream can be stopped and still leave what it had.
-        states = chat.model.chat(
-            chat.tokenizer, [*system, *chat.messages, question], stream=True, **chat.options
-        )
-        with contextlib.closing(states):
-            for reply in states:
-                num_tokens += 1
-                if chat.stream:
-                    shown += write(complete(reply)[shown:])
+        states(chat, [*system, *chat.messages, question], show)
     except KeyboardInterrupt:
         reply, stopped = complete(reply), True
     except (ValueError, RuntimeError, LookupError) as error:

@@ -1,4 +1,4 @@
-"""Positions and attention: RoPE, ALiBi, what each token may see, and attention written out.
+"""Positions and attention: RoPE's angles, ALiBi, what each token may see, and attention written out.
 
 B rows, T query tokens, S key tokens (T plus what the cache holds), N heads, H head width.
 """
@@ -13,21 +13,13 @@ from torch.compiler import is_compiling
 
 
 def rope_angles(position_ids, head_dim):
-    """cos and sin, fp32 ``(B, 1, T, H)``; angle k of position p is ``p * 10000 ** (-2k / H)``.
+    """cos and sin, fp32 ``(B, T, 1, 1, H / 2)``; angle k of position p is ``p * 10000 ** (-2k / H)``.
 
     fp32: bf16 rounds 257 to 256, so positions past 256 would collide.
     """
     exponents = torch.arange(0, head_dim, 2, device=position_ids.device, dtype=torch.float32) / head_dim
-    angles = position_ids[:, None, :, None].float() * 10000.0**-exponents  # (B, 1, T, H/2)
-    angles = torch.cat((angles, angles), dim=-1)
+    angles = position_ids[:, :, None, None, None].float() * 10000.0**-exponents  # (B, T, 1, 1, H/2)
     return angles.cos(), angles.sin()
-
-
-def apply_rope(x, cos, sin):
-    """Rotate ``x`` (B, N, T, H) in fp32; dimension k pairs with k + H/2, as in Llama."""
-    first, second = x.float().chunk(2, dim=-1)
-    rotated = torch.cat((-second, first), dim=-1)
-    return (x.float() * cos + rotated * sin).to(x.dtype)
 
 
 def alibi_slopes(num_heads, device=None):
@@ -134,7 +126,7 @@ def attention_bias(config, hidden, attention_mask, position_ids, query_index, nu
 
 
 # Attention implementations that take something else than ``attention_bias`` from the same arguments.
-PREPARE = {}
+PREPARE: dict = {}
 
 
 def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):

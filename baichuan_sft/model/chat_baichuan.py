@@ -146,7 +146,7 @@ class ChatMixin:
             return self.generate(prompt, **{**generate_kwargs, **kwargs})  # type: ignore[attr-defined]
 
         if not stream:
-            return _answer(tokenizer, generate()[0, len(ids) :].tolist())
+            return answer_text(tokenizer, generate()[0, len(ids) :].tolist())
         return _stream(tokenizer, generate, generate_kwargs.pop("stopping_criteria", []))
 
 
@@ -167,7 +167,7 @@ def _stop_ids(eos_token_id: int | list[int] | None) -> list[int]:
     return sorted({*given, EOS_TOKEN_ID, USER_TOKEN_ID})
 
 
-def _answer(tokenizer: Any, ids: list[int]) -> str:
+def answer_text(tokenizer: Any, ids: list[int]) -> str:
     # To the tokenizer the user id is a piece like others, so it would be shown.
     return tokenizer.decode([i for i in ids if i != USER_TOKEN_ID], skip_special_tokens=True)
 
@@ -192,7 +192,7 @@ def _stream(tokenizer: Any, generate: Callable[..., Any], stopping_criteria: lis
             if isinstance(item, BaseException):
                 raise item
             ids.append(item)
-            yield _answer(tokenizer, ids)
+            yield answer_text(tokenizer, ids)
     finally:
         stop.event.set()
         thread.join()

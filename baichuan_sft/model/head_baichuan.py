@@ -33,7 +33,7 @@ class BaichuanHead(nn.Linear):
     def __init__(self, hidden_size, vocab_size, normalize=False, device=None, dtype=None):
         super().__init__(hidden_size, vocab_size, bias=False, device=device, dtype=dtype)
         self.normalize = normalize
-        self._kept = None, None  # what the norms of a frozen weight belong to, and they
+        self._kept: tuple = None, None  # what the norms of a frozen weight belong to, and they
 
     def extra_repr(self):
         return f"{super().extra_repr()}, normalize={self.normalize}"
@@ -130,18 +130,18 @@ def _chunk_loss_and_grad(logits, targets, z_loss):
     """
     is_target = (targets != IGNORE).unsqueeze(1)
     columns = targets.unsqueeze(1).masked_fill(~is_target, 0)
-    log_normalizer = torch.logsumexp(logits, dim=1, keepdim=True)
-    loss = ((log_normalizer - logits.gather(1, columns)) * is_target).sum()
     kind, z_scale = z_loss or (None, 0.0)
-    top = logits.max(dim=1, keepdim=True) if kind == "max" else None
-    probabilities = logits.sub_(log_normalizer).exp_()
+    wanted, top = logits.gather(1, columns), logits.max(dim=1, keepdim=True)
+    grad = logits.sub_(top.values).exp_()  # in place: torch.logsumexp would make a second (C, V)
+    total = grad.sum(dim=1, keepdim=True)
+    log_normalizer = top.values + total.log()
+    loss = ((log_normalizer - wanted) * is_target).sum()
+    share = is_target.to(grad.dtype)
     if kind == "logsumexp":
         loss = loss + log_normalizer.square().sum() * z_scale
-        grad = probabilities.mul_(is_target + 2 * z_scale * log_normalizer)
-    else:
-        grad = probabilities.mul_(is_target)
-    grad.scatter_add_(1, columns, -is_target.to(grad.dtype))
-    if top is not None:
+        share = share + 2 * z_scale * log_normalizer
+    grad.mul_(share / total).scatter_add_(1, columns, -is_target.to(grad.dtype))
+    if kind == "max":
         loss = loss + top.values.square().sum() * z_scale
         grad.scatter_add_(1, top.indices, 2 * z_scale * top.values)
     return loss, grad
@@ -187,6 +187,7 @@ class _ChunkedLossSum(torch.autograd.Function):
             if d_hidden is not None:
                 grad = grad if inverse_norms is None else grad.mul_(inverse_norms)
                 d_hidden[start : start + size] = grad.to(weight.dtype) @ weight
+            del logits, grad  # before the next chunk's are there too
         if d_weight is not None and inverse_norms is not None:
             _through_normalization(d_weight, weight, inverse_norms)
         ctx.save_for_backward(d_hidden, d_weight)

@@ -17,10 +17,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import can_return_tuple
 
-from .attention_baichuan import PREPARE, apply_rope, attention_bias, eager_attention_forward, rope_angles
+from .attention_baichuan import PREPARE, attention_bias, eager_attention_forward, rope_angles
 from .chat_baichuan import ChatMixin
 from .chat_template_baichuan import read_messages  # noqa: F401  (older transformers copy direct imports only)
 from .configuration_baichuan import BaichuanConfig
+from .elementwise_baichuan import rms_norm, split_and_rotate, swiglu
 from .head_baichuan import BaichuanHead
 
 
@@ -33,12 +34,12 @@ class BaichuanRMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, hidden):
-        wide = hidden.float()
-        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * normed.to(self.weight.dtype)
+        return rms_norm(hidden, self.weight, self.eps)
 
 
 class BaichuanAttention(nn.Module):
+    rotate = staticmethod(split_and_rotate)
+
     def __init__(self, config, layer_idx):
         super().__init__()
         self.config = config
@@ -61,9 +62,10 @@ class BaichuanAttention(nn.Module):
     ):
         batch, num_tokens, _ = hidden.shape
         qkv = self.W_pack(hidden).view(batch, num_tokens, 3, -1, self.head_dim)  # rows: all q, all k, all v
-        query, key, value = (x.transpose(1, 2) for x in qkv.unbind(dim=2))  # (B, N, T, H)
         if rope is not None:
-            query, key = apply_rope(query, *rope), apply_rope(key, *rope)
+            query, key, value = self.rotate(qkv, *rope)  # (B, N, T, H)
+        else:
+            query, key, value = (x.transpose(1, 2) for x in qkv.unbind(dim=2))
         if past_key_values is not None:
             # Older static caches must be told where to write, newer ones know.
             place = {"cache_position": query_index}
@@ -82,7 +84,7 @@ class BaichuanMLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, hidden):
-        return self.down_proj(nn.functional.silu(self.gate_proj(hidden)) * self.up_proj(hidden))
+        return self.down_proj(swiglu(self.gate_proj(hidden), self.up_proj(hidden)))
 
 
 class BaichuanDecoderLayer(GradientCheckpointingLayer):

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from baichuan_sft.errors import UserError, suggest
+from baichuan_sft.quantization import num_elements
 from baichuan_sft.train.args import LoraArguments
 from baichuan_sft.variants import LINEARS
 
@@ -88,8 +89,8 @@ def freeze(model: nn.Module, patterns: str) -> None:
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """Parameters that are trained, and all; whole numbers under ZeRO-3 too."""
-    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
+    """Parameters that are trained, and all; whole numbers under ZeRO-3 and of a quantised base too."""
+    sizes = [(num_elements(p), p.requires_grad) for p in model.parameters()]
     return sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes)
 
 
@@ -105,16 +106,18 @@ def gathered(parameters: list[nn.Parameter]) -> contextlib.AbstractContextManage
 @torch.no_grad()
 def relative_change(model: nn.Module) -> dict[str, float]:
     """Size of the LoRA update against its weight, ||s B A|| / ||W|| (Frobenius), the mean per target name."""
+    from peft.utils.integrations import dequantize_module_weight
+
     sizes: dict[str, list[float]] = {}
     for name, module in model.named_modules():
         if not getattr(module, "lora_A", None):
             continue
         a, b = module.lora_A["default"].weight, module.lora_B["default"].weight  # type: ignore[index]
-        weight = module.get_base_layer().weight  # type: ignore[operator]
-        with gathered([a, b, weight]):
+        base = module.get_base_layer()  # type: ignore[operator]
+        with gathered([a, b, base.weight]):
             # ||BA||^2 = tr(B'B AA'): the product itself would be as large as the weight
             squared = ((b.float().T @ b.float()) * (a.float() @ a.float().T)).sum().clamp_min(0)
-            norm = torch.linalg.vector_norm(weight, dtype=torch.float32)
+            norm = torch.linalg.vector_norm(dequantize_module_weight(base), dtype=torch.float32)
             scale = module.scaling["default"]  # type: ignore[index]
             sizes.setdefault(name.rpartition(".")[2], []).append((scale * squared.sqrt() / norm).item())
     return {name: sum(values) / len(values) for name, values in sizes.items()}

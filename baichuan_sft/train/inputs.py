@@ -105,7 +105,7 @@ def _stream(settings: Settings, tokenizer: Any) -> Inputs:
         sources,
         tokenizer,
         data.rules(),
-        capacity=data.packing_tokens if data.packing else None,
+        capacity=settings.row_shape()[0],
         seed=data_seed(settings.training),
         rank=rank,
         world_size=int(os.environ.get("WORLD_SIZE", "1")),

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from transformers import HfArgumentParser
+from transformers.hf_argparser import string_to_bool
 
 from baichuan_sft.data.sources import split_share
 from baichuan_sft.errors import EnvironmentFault, UserError, suggest
 from baichuan_sft.train import args as tables
 from baichuan_sft.train.args import Settings
-from baichuan_sft.train.checks import check_data, check_values
+from baichuan_sft.train.checks import check_bitsandbytes, check_data, check_values, is_flat, zero_stage
+from baichuan_sft.train.fused import check_fused, require_fused
 
 ROOT = Path(__file__).parents[
     2
@@ -88,8 +90,16 @@ def parse(argv: list[str]) -> Settings:
         argv = [word for pair in zip(lines[::2], lines[1::2]) if pair[0] not in given for word in pair] + argv
     values = vars(parser.parse_args(argv))
     check_values(values, parser)
+    flat = is_flat(values)
     check_data(values, parser)
     _resolve_paths(values)
+    check_bitsandbytes(values, parser)
+    check_fused(values, zero_stage(values["deepspeed"]))
+    if values["torch_compile"] and values["checkpointing"] == "selective":
+        raise UserError(
+            "--checkpointing selective is not possible with --torch_compile True: a compiled block is "
+            "computed again as a whole; use none, full or auto."
+        )
     _fit_to_machine(values, notices)
     _fill_defaults(values, notices)
     sections = [{f.name: values[f.name] for f in dataclasses.fields(s) if f.init} for s in tables.SECTIONS]
@@ -99,6 +109,7 @@ def parse(argv: list[str]) -> Settings:
         tables.LoraArguments(**sections[2]),
         sections[3],
         notices,
+        flat,
     )
 
 
@@ -108,7 +119,9 @@ def _modernise(argv: list[str], notices: list[str]) -> list[str]:
     for word in argv:
         name, equals, value = word.partition("=")
         words += [name, value] if word.startswith("--") and equals else [word]
-    result, i = [], 0
+    result: list[str] = []
+    switched: list[tuple[str, str]] = []
+    i = 0
     while i < len(words):
         name = words[i].removeprefix("--").replace("-", "_") if words[i].startswith("--") else ""
         has_value = i + 1 < len(words) and not words[i + 1].startswith("--")
@@ -119,15 +132,24 @@ def _modernise(argv: list[str], notices: list[str]) -> list[str]:
             notices.append(f"--{name} is called --{tables.RENAMED[name]} today")
             result.append(f"--{tables.RENAMED[name]}")
             i += 1
-        elif name == tables.GROUP_BY_LENGTH[0]:
-            wanted = (words[i + 1] if has_value else "true").lower() in ("true", "1", "yes")
-            notices.append(f"--{name} is called --{tables.GROUP_BY_LENGTH[1]} today")
-            result += [f"--{tables.GROUP_BY_LENGTH[1]}", name if wanted else "random"]
+        elif name in tables.SWITCHES:
+            today, on, off = tables.SWITCHES[name]
+            value = on if _is_true(name, words[i + 1] if has_value else "true") else off
+            notices.append(f"--{name} is called --{today} {value} today")
+            switched.append((f"--{today}", value))
             i += 2 if has_value else 1
         else:
             result.append(f"--{name}" if name else words[i])
             i += 1
-    return result
+    said = set(zip(result, result[1:]))
+    return result + [word for pair in dict.fromkeys(switched) if pair not in said for word in pair]
+
+
+def _is_true(name: str, word: str) -> bool:
+    try:
+        return string_to_bool(word)
+    except argparse.ArgumentTypeError:
+        raise UserError(f"--{name} is {word!r}; it must be True or False.") from None
 
 
 def _refuse_unknown_or_repeated(argv: list[str], known: set[str]) -> None:
@@ -136,11 +158,17 @@ def _refuse_unknown_or_repeated(argv: list[str], known: set[str]) -> None:
         if not word.startswith("--"):
             continue
         if word not in known:
-            raise UserError(f"unknown flag {word}{suggest(word, sorted(known)) or ','} see --help.")
+            raise UserError(f"unknown flag {word}{_suggest(word[2:], known)} see --help.")
         value = argv[i + 1] if i + 1 < len(argv) else ""
         if word in seen and word != "--local_rank":
             raise UserError(f"{word} is given twice, with {seen[word]!r} and {value!r}; keep one.")
         seen[word] = value
+
+
+def _suggest(name: str, known: set[str]) -> str:
+    if name in tables.ELSEWHERE:
+        return f"; here it is {tables.ELSEWHERE[name]},"
+    return suggest(f"--{name}", sorted(known)) or ","
 
 
 def _read_config(path: str, known: set[str]) -> list[str]:
@@ -171,10 +199,8 @@ def _read_config(path: str, known: set[str]) -> list[str]:
     for key, value in entries.items():
         if key == "config":
             raise UserError(f"{path}: a config file cannot name another one.")
-        if f"--{key}" not in known and key not in {*tables.RENAMED, *tables.GONE, tables.GROUP_BY_LENGTH[0]}:
-            raise UserError(
-                f"{path}: unknown key {key!r}{suggest(str(key), [k[2:] for k in known]) or ','} see --help."
-            )
+        if f"--{key}" not in known and key not in {*tables.RENAMED, *tables.GONE, *tables.SWITCHES}:
+            raise UserError(f"{path}: unknown key {key!r}{_suggest(str(key), known)} see --help.")
         if isinstance(value, dict | list):
             raise UserError(
                 f"{path}: {key} is a {type(value).__name__}; expected one value, as on the command line."
@@ -254,6 +280,7 @@ def _fit_to_machine(values: dict[str, Any], notices: list[str]) -> None:
             "--fp16 True: the CPU trains in bfloat16 or fp32 only; use --bf16 True, or neither."
         )
     values["use_cpu"] = not on_gpu
+    require_fused(values)
 
 
 def _fill_defaults(values: dict[str, Any], notices: list[str]) -> None:

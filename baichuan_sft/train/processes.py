@@ -47,3 +47,16 @@ def _one_process() -> dict[str, str]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     return dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+
+
+@contextlib.contextmanager
+def outside_zero3() -> Iterator[None]:
+    """Load a model as if DeepSpeed were not active: one rank alone may not partition weights."""
+    from transformers.integrations import deepspeed as integration
+
+    active = integration._hf_deepspeed_config_weak_ref
+    integration.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        integration._hf_deepspeed_config_weak_ref = active

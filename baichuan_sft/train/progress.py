@@ -25,6 +25,8 @@ def describe(logs: dict[str, float]) -> dict[str, str]:
         "tok/s": f"{logs['tokens_per_second']:,.0f}",
         "targets/s": f"{logs['targets_per_second']:,.0f}",
         "padding": f"{logs['padding_share']:.0%}",
+        **({"mfu": f"{logs['mfu']:.1%}"} if "mfu" in logs else {}),
+        "GiB": f"{logs['peak_gib']:.1f}",
     }
 
 

@@ -26,20 +26,23 @@ def lay_out(settings: Settings, args: Any, segments: Any, *, evaluate: bool = Fa
     """Conversations in packed rows, or one in each; what that saves is a line of the log."""
     if settings.data.streaming and not evaluate:
         return segments  # rows already
-    if not settings.data.packing:
+    capacity, rows_per_batch = settings.row_shape(evaluate=evaluate)
+    if capacity is None:
         return PackedDataset(segments, one_per_row(len(segments)))
-    capacity = settings.data.packing_tokens or settings.data.model_max_length
     rows = _plan_once(segments.lengths, capacity, data_seed(settings.training), settings.data.cache_dir)
     what = _plural(len(segments), f"{'held-out ' if evaluate else ''}conversation")
-    useful = f"{100 * rows.efficiency(segments.lengths, capacity):.1f} % useful"
-    line = f"packing: {what} in {len(rows):,} rows of {capacity:,} tokens, {useful}"
+    line = f"packing: {what} in {_plural(len(rows), 'row')} of {capacity:,} tokens"
+    if len(rows) > 1:
+        line += f", {100 * rows.efficiency(segments.lengths, capacity):.1f} % useful"
     if not evaluate:
-        per_update = rows_per_update(args)
-        line += f"; {per_update} rows per update, {_plural(-(-len(rows) // per_update), 'update')} per epoch"
+        per_update = rows_per_update(args, rows_per_batch)
+        updates = -(-len(rows) // per_update)
+        line += f"; {_plural(per_update, 'row')} per update, {_plural(updates, 'update')} per epoch"
     say(line)
-    if not evaluate and len(rows) < per_update:
+    if not evaluate and (len(rows) < per_update or per_update == len(rows) == 1):
+        room = _plural(per_update, "row")
         say(
-            f"packing: all {what} are in one update per epoch, which has room for {per_update} rows; "
+            f"packing: all {what} are in one update per epoch, which has room for {room}; "
             "a smaller batch or --packing False gives more updates"
         )
     return PackedDataset(segments, rows)
@@ -87,15 +90,15 @@ def require_same_rows(checkpoint: str | None, facts: dict[str, Any]) -> None:
 def _deciding(facts: dict[str, Any]) -> dict[str, Any]:
     """Whatever decides which rows there are and in which order they come."""
     data, training = facts["data"], facts["training"]
-    sizes = ("per_device_train_batch_size", "gradient_accumulation_steps")
+    rows_per_batch = facts.get("rows_per_batch", training["per_device_train_batch_size"])
     return {
         **{f"--{name}": data.get(name) for name in DECIDING},
         **{f"--{name}": training.get(name) for name in ("seed", "data_seed", "train_sampling_strategy")},
         "the content of the data": [str(sha256)[:12] for sha256 in facts["data_sha256"].values()],
-        "rows per update": facts["world_size"] * training[sizes[0]] * training[sizes[1]],
+        "rows per update": facts["world_size"] * rows_per_batch * training["gradient_accumulation_steps"],
     }
 
 
-def rows_per_update(args: Any) -> int:
+def rows_per_update(args: Any, rows_per_batch: int) -> int:
     """Rows of one optimizer step over all ranks and micro-batches."""
-    return args.world_size * args.per_device_train_batch_size * args.gradient_accumulation_steps
+    return args.world_size * rows_per_batch * args.gradient_accumulation_steps

@@ -12,6 +12,7 @@ from typing import Any
 
 from baichuan_sft.errors import UserError
 from baichuan_sft.train.args import Settings, SftTrainingArguments
+from baichuan_sft.train.fused import FLAGS as FUSED
 from baichuan_sft.train.inputs import Inputs, read_inputs, require_same_data
 from baichuan_sft.train.parse import parse
 from baichuan_sft.train.processes import processes
@@ -58,6 +59,7 @@ def train(settings: Settings, inputs: Inputs) -> None:
         record=record,
         check_reload=settings.model.check_reload,
         sources=inputs.sources,
+        rows_per_batch=(settings.row_shape()[1], settings.row_shape(evaluate=True)[1]),
     )
     fit(trainer, settings)
     trainer.save_model()
@@ -113,35 +115,13 @@ def quieten_bars() -> None:
 
 def batch_shape(settings: Settings, args: Any) -> dict[str, int]:
     """On a GPU packed batches are all of one shape, for which kernels are compiled once."""
-    if args.device.type == "cpu" or not settings.data.packing:
+    capacity = settings.row_shape()[0]
+    if args.device.type == "cpu" or capacity is None:
         return {}
-    return {"pad_to_multiple_of": 128, "pad_to_capacity": settings.data.packing_tokens}
+    return {"pad_to_multiple_of": 128, "pad_to_capacity": capacity}
 
 
 # --- arguments, model -------------------------------------------------------------------------------
-
-
-def zero_stage(path: str | None) -> int:
-    """ZeRO stage of a DeepSpeed configuration file; 0 without one.
-
-    Raises:
-        UserError: not JSON, or a stage 3 whose save would hold no weights.
-    """
-    if path is None:
-        return 0
-    try:
-        config = json.loads(Path(path).read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}:{error.colno}: not JSON: {error.msg}.") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: expected an object, got {type(config).__name__}.")
-    zero = config.get("zero_optimization", {})
-    if zero.get("stage") == 3 and not zero.get("stage3_gather_16bit_weights_on_model_save"):
-        raise UserError(
-            f"{path}: ZeRO stage 3 saves no whole weights without "
-            '"stage3_gather_16bit_weights_on_model_save": true; add it to zero_optimization.'
-        )
-    return zero.get("stage", 0)
 
 
 def training_arguments(settings: Settings) -> SftTrainingArguments:
@@ -150,11 +130,10 @@ def training_arguments(settings: Settings) -> SftTrainingArguments:
     Raises:
         UserError: values that transformers or DeepSpeed do not take together.
     """
-    values = dict(settings.training, remove_unused_columns=False)
+    values = dict(settings.training, remove_unused_columns=False) | FUSED
     values["ignore_data_skip"] = settings.data.streaming  # a stream goes on where it was
     if values["ddp_find_unused_parameters"] is None:
         values["ddp_find_unused_parameters"] = False  # there are none, and looking for them costs a pass
-    _choose_checkpointing(values, zero_stage(values["deepspeed"]))
     try:
         args = SftTrainingArguments(**values)
     except ValueError as error:
@@ -170,36 +149,28 @@ def use_one_device(args: SftTrainingArguments, notices: list[str]) -> SftTrainin
     return args
 
 
-def _choose_checkpointing(values: dict[str, Any], stage: int) -> None:
-    """Gradient checkpointing under the name this transformers has for it, of the kind that works here."""
-    old, new = "gradient_checkpointing", "activation_checkpointing"
-    name = new if new in values else old
-    values[name] = bool(values[old] or values.get(new))
-    kwargs = values.pop(f"{old}_kwargs") or values.get(f"{new}_kwargs")
-    if values[name] and not kwargs:
-        # ZeRO-3 releases a layer's weights between forward and recomputation, which the
-        # non-reentrant kind takes for a change of the graph.
-        kwargs = {"use_reentrant": stage == 3}
-    values[f"{name}_kwargs"] = kwargs
-    if name == new:
-        del values[old]
-
-
 def build_model(settings: Settings, args: Any) -> Any:
     """The base model with LoRA adapters, or with its frozen part; the log says what is trained."""
+    from baichuan_sft.quantization import weight_bytes
     from baichuan_sft.train.adapters import add_lora, count_parameters, freeze
+    from baichuan_sft.train.checkpointing import prepare
+    from baichuan_sft.train.fused import fuse
 
     model = load_base(settings, args)
     prepare_generation(model)
     if settings.lora.use_lora:
         model = add_lora(model, settings.lora)
-        if getattr(args, "activation_checkpointing", args.gradient_checkpointing):
-            # else the recomputed layers see no input that needs a gradient
-            model.enable_input_require_grads()
     elif settings.model.freeze:
         freeze(model, settings.model.freeze)
+    fuse(model, settings.training)
     trained, total = count_parameters(model)
     say(f"trained parameters: {trained:,} of {total:,} ({100 * trained / total:.3g} %)")
+    if settings.lora.quantize:
+        gib = weight_bytes(model) / 2**30
+        say(f"base: {settings.lora.quantize}, {gib:.3g} GiB of weights with the adapters")
+    if args.optim != SftTrainingArguments.optim:
+        say(f"optimizer: {args.optim.value}")
+    prepare(model, settings, args)
     return model
 
 
@@ -215,7 +186,10 @@ def load_base(settings: Settings, args: Any) -> Any:
     keeps_master = bool(args.deepspeed) or settings.lora.use_lora
     attn, why = choose(settings.model.attn, load_config(path).position_embedding, args.device.type, half)
     say(f"attention: {attn}, {why}")
-    return load_model(path, dtype=half if keeps_master else torch.float32, attn=attn).train()
+    options: dict[str, Any] = dict(dtype=half if keeps_master else torch.float32, attn=attn)
+    if settings.lora.quantize:  # on its device already while it is loaded; DeepSpeed need not move it
+        options |= dict(quantize=settings.lora.quantize, device=args.device)
+    return load_model(path, **options).train()
 
 
 def prepare_generation(model: Any) -> None:
@@ -244,8 +218,9 @@ def run_record(settings: Settings, args: Any, inputs: Inputs) -> Any:
         "model": dataclasses.asdict(settings.model),
         "data": {**dataclasses.asdict(settings.data), "report": inputs.report},
         "lora": dataclasses.asdict(settings.lora),
-        "training": args.to_dict(),
+        "training": args.to_dict() | {name: settings.training[name] for name in FUSED},
         "world_size": args.world_size,
+        "rows_per_batch": settings.row_shape()[1],
         "data_sha256": {source["path"]: source.get("sha256") for source in inputs.report["sources"]},
         "tokenizer_sha256": sha256(inputs.tokenizer.vocab_file),
     }

@@ -6,11 +6,9 @@ all micro-batches of an update and all ranks.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,9 +24,12 @@ from baichuan_sft.data.packing import NO_ITEM, Collator, PackedDataset
 from baichuan_sft.data.streaming import StreamingRows
 from baichuan_sft.data.template import IGNORE
 from baichuan_sft.errors import CheckpointFault, NumericalFault
+from baichuan_sft.quantization import quantization_of
 from baichuan_sft.train.order import RowOrder, SaveStream, SetEpoch
+from baichuan_sft.train.processes import outside_zero3
 from baichuan_sft.train.progress import LogLines, ProgressBar
 from baichuan_sft.train.record import RunRecord
+from baichuan_sft.train.speed import Speed
 
 CAUSES = "Likely causes: too high a learning rate, fp16 overflow (use bf16), or damaged weights."
 # Of the largest logit: what another device and kernel round differently, TF32's 10 bits included.
@@ -44,6 +45,7 @@ class BatchFacts:
     num_computed: int
     num_real: int
     num_targets: int
+    squared_lengths: int  # summed over conversations: what attention's work grows with
 
 
 class FactsCollator(Collator):
@@ -52,11 +54,13 @@ class FactsCollator(Collator):
     def __call__(self, rows):
         batch: dict[str, Any] = super().__call__(rows)
         segments = [segment for row in rows for segment in row if segment["item"] != NO_ITEM]
+        lengths = [len(segment["input_ids"]) for segment in segments]
         batch["facts"] = BatchFacts(
             items=[(int(segment["source"]), int(segment["item"])) for segment in segments],
             num_computed=batch["input_ids"].numel(),
-            num_real=sum(len(segment["input_ids"]) for segment in segments),
+            num_real=sum(lengths),
             num_targets=int((batch["labels"][:, 1:] != IGNORE).sum()),
+            squared_lengths=sum(length**2 for length in lengths),
         )
         return batch
 
@@ -69,22 +73,30 @@ class SftTrainer(Trainer):
         record: written beside every save.
         check_reload: load the first save again, on the CPU, and compare its logits.
         sources: names of the data files, by number.
+        rows_per_batch: rows of a micro-batch in training, and in evaluation.
     """
 
-    def __init__(self, *, record: RunRecord, check_reload: bool, sources: list[str], **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *,
+        record: RunRecord,
+        check_reload: bool,
+        sources: list[str],
+        rows_per_batch: tuple[int, int],
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
+        self.rows_per_batch = rows_per_batch
         self.record = record
         self.sources = sources
         self.check_reload = check_reload
         self.items_of_update: list[tuple[int, int]] = []
-        # computed, real, target tokens since the last log, this rank
-        self.counts = torch.zeros(3, dtype=torch.float64)
-        self.counted_since = time.monotonic()
+        self.speed = Speed(self.model, self.args)
         dataset = kwargs["train_dataset"]
         if isinstance(dataset, StreamingRows):
             self.add_callback(SaveStream(dataset))
         else:
-            self.order = self._order(dataset, self.args.per_device_train_batch_size)
+            self.order = self._order(dataset, self.rows_per_batch[0])
             self.add_callback(SetEpoch(self.order))
         for callback in (ProgressCallback, PrinterCallback):
             self.remove_callback(callback)
@@ -123,7 +135,7 @@ class SftTrainer(Trainer):
 
     def get_train_dataloader(self):
         if isinstance(self.train_dataset, StreamingRows):
-            size = self.args.per_device_train_batch_size
+            size = self.rows_per_batch[0]
             # Of its own, as below: each resumed loader would draw a number that dropout uses.
             own = torch.Generator().manual_seed(self.args.seed)
             pin = self.args.dataloader_pin_memory and not self.args.use_cpu
@@ -135,14 +147,14 @@ class SftTrainer(Trainer):
     def get_eval_dataloader(self, eval_dataset=None):
         dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         options = {"accumulation": 1, "strategy": "group_by_length"}  # the order changes nothing
-        return self._loader(dataset, self._order(dataset, self.args.per_device_eval_batch_size, **options))
+        return self._loader(dataset, self._order(dataset, self.rows_per_batch[1], **options))
 
     # --- one step ---------------------------------------------------------------------------------
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         facts = inputs.pop("facts")
         self.items_of_update = self.items_of_update + facts.items
-        self.counts += torch.tensor([facts.num_computed, facts.num_real, facts.num_targets])
+        self.speed.add(facts.num_computed, facts.num_real, facts.num_targets, facts.squared_lengths)
         loss: Any = super().compute_loss(model, inputs, False, num_items_in_batch)
         value = loss.item()
         if not math.isfinite(value):
@@ -171,27 +183,15 @@ class SftTrainer(Trainer):
 
     def log(self, logs, start_time=None):
         if "loss" in logs:
-            logs |= self._speed()
+            logs |= self.speed.read(self.accelerator)
         super().log(logs, start_time)
-
-    def _speed(self) -> dict[str, float]:
-        """Tokens per second over all ranks since the last log, and the padding share of what was computed."""
-        counts = self.accelerator.reduce(self.counts.to(self.args.device), "sum").tolist()
-        seconds = time.monotonic() - self.counted_since
-        self.counts.zero_()
-        self.counted_since = time.monotonic()
-        return {
-            "tokens_per_second": counts[1] / seconds,
-            "targets_per_second": counts[2] / seconds,
-            "padding_share": 1 - counts[1] / max(counts[0], 1),
-        }
 
     # --- evaluation -------------------------------------------------------------------------------
 
     def evaluate(self, *args, **kwargs):
         started = time.monotonic()
         metrics = super().evaluate(*args, **kwargs)
-        self.counted_since += time.monotonic() - started  # else training would seem slower
+        self.speed.pause(time.monotonic() - started)  # else training would seem slower
         return metrics
 
     @torch.no_grad()
@@ -267,7 +267,8 @@ class SftTrainer(Trainer):
             return
         dtype = next(model.parameters()).dtype  # a base stored in fp32 may be trained in bf16
         with outside_zero3(), torch.random.fork_rng(devices=[]):
-            saved = load_model(path, dtype=dtype)(input_ids=probe).logits.float()
+            reloaded = load_model(path, dtype=dtype, quantize=quantization_of(self._base_model()))
+            saved = reloaded(input_ids=probe).logits.float()
         gap, scale = (live - saved).abs().max().item(), live.abs().max().item()
         tolerance *= max(scale, 1.0)
         if not gap <= tolerance:
@@ -296,16 +297,3 @@ class Stage0Norm(TrainerCallback):
             clip()
 
         engine.clip_fp32_gradients = keep_norm_and_clip
-
-
-@contextlib.contextmanager
-def outside_zero3() -> Iterator[None]:
-    """Load a model as if DeepSpeed were not active: one rank alone may not partition weights."""
-    from transformers.integrations import deepspeed as integration
-
-    active = integration._hf_deepspeed_config_weak_ref
-    integration.unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        integration._hf_deepspeed_config_weak_ref = active
