@@ -35,7 +35,6 @@ import torch
 from baichuan_sft import BaichuanConfig
 from baichuan_sft.attention import BACKENDS, choose
 from baichuan_sft.data.packing import Collator, plan
-from baichuan_sft.model.attention_baichuan import PREPARE, attention_bias
 from baichuan_sft.model.head_baichuan import BaichuanHead
 from baichuan_sft.plan import flops_per_token, peak_tflops
 from baichuan_sft.train.adapters import add_lora, count_parameters
@@ -43,6 +42,7 @@ from baichuan_sft.train.args import LoraArguments
 from baichuan_sft.train.checkpointing import apply
 from baichuan_sft.train.fused import compile_blocks
 from baichuan_sft.variants import VARIANTS
+from benchmarks import attention as bench_attention
 from benchmarks import contest, decode, vendor
 
 GIB = 2**30
@@ -152,26 +152,14 @@ def attention(report: Report) -> None:
     tokens = 256 if args.tiny else 16384
     for model in ("7b", "13b"):
         config = config_of(model, args)
-        lengths = conversations(tokens, args)
-        position_ids = torch.cat([torch.arange(n) for n in lengths])[None, :tokens].to(args.device)
-        hidden = torch.zeros(1, tokens, 1, device=args.device, dtype=args.dtype)
-        shape = (1, config.num_attention_heads, tokens, config.head_dim)
-        qkv = [torch.randn(shape, device=args.device, dtype=args.dtype, requires_grad=True) for _ in range(3)]
-        index = torch.arange(tokens, device=args.device)
         for name, backend in BACKENDS.items():
             if backend.make_extra is None or backend.why_not(args.device, args.dtype):
                 continue  # a T x T mask of 16k tokens and 40 heads is 20 GB
-            with report.row(f"{model} attention, {name}"):
+            title = f"{model} attention, {name}"
+            with report.row(title):
                 report.require_time()
-                prepare = PREPARE.get(name, attention_bias)
-                mask = prepare(config, hidden, None, position_ids, index, tokens, args.dtype)
-
-                def step(backend=backend, mask=mask, config=config, qkv=qkv):
-                    out, _ = backend.attend(None, *qkv, mask, scaling=config.head_dim**-0.5)
-                    out.sum().backward()
-
-                took = seconds(step, args)
-                report.add(f"{model} attention, {name}", f"{1000 * took:.2f} ms{peak()}")
+                took = seconds(bench_attention.step_of(name, config, tokens, args.device, args.dtype), args)
+                report.add(title, f"{1000 * took:.2f} ms{peak()}")
 
 
 def loss(report: Report) -> None:
@@ -196,12 +184,7 @@ def loss(report: Report) -> None:
 
 
 def conversations(total: int, args: argparse.Namespace) -> list[int]:
-    """Lengths that fill ``total`` tokens, cut at the cut-off."""
-    rng, cutoff = np.random.default_rng(0), 32 if args.tiny else CUTOFF
-    lengths: list[int] = []
-    while sum(lengths) < total:
-        lengths.append(int(np.clip(rng.lognormal(np.log(350), 0.9), 16, cutoff)))
-    return lengths
+    return bench_attention.conversations(total, 32 if args.tiny else CUTOFF)
 
 
 def packed_batch(config: BaichuanConfig, args: argparse.Namespace, tokens: int) -> dict[str, torch.Tensor]:

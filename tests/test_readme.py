@@ -176,7 +176,7 @@ def test_files_exist(text):
     missing = {path for path in paths if not (ROOT / path).exists()}
     assert missing <= WRITTEN_BY_A_RUN | NOT_IN_THE_REPOSITORY
     layout = [line.split()[0] for line in blocks(text, "text")[-1].splitlines()]
-    assert len(layout) == 14 and all((ROOT / path).exists() for path in layout)
+    assert len(layout) == 18 and all((ROOT / path).exists() for path in layout)
     chat = {word for word in named if re.fullmatch(r"/[a-z]+", word)}
     assert chat == set(CHAT_COMMANDS)
 
