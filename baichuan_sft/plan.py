@@ -92,6 +92,8 @@ PEAK_TFLOPS = {
 def peak_tflops(device: str) -> float | None:
     """What a device can do at most in half precision, TFLOP/s; None where the table does not know it."""
     words = set(re.split(r"[\s-]+", device.upper()))
+    if words & {"MIG", "LAPTOP"}:  # a part of that device, or a smaller one
+        return None
     fits = (peak for name, peak in PEAK_TFLOPS.items() if words >= set(name.upper().split()))
     return next(fits, None)
 

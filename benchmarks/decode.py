@@ -85,10 +85,12 @@ def expected_bytes(config: BaichuanConfig, weights: str) -> int:
 # --- contestants ------------------------------------------------------------------------------------
 
 
-def build(config: BaichuanConfig, device: str, weights: str = "bf16", seed: int = 0) -> BaichuanForCausalLM:
-    """A model with random weights, made where it runs."""
-    torch.manual_seed(seed)
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+def build(
+    config: BaichuanConfig, device: str, weights: str = "bf16", dtype: torch.dtype | None = None
+) -> BaichuanForCausalLM:
+    """A model with random weights, made where it runs; ``dtype`` None is bf16 on a GPU, fp32 on a CPU."""
+    torch.manual_seed(0)
+    dtype = dtype or (torch.bfloat16 if device == "cuda" else torch.float32)
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

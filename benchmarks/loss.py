@@ -37,7 +37,7 @@ CHECK = dict(rows=512, hidden=64, vocabulary=4096, logits_per_chunk=2**18)  # 64
 
 
 def full(head, hidden, labels):
-    logits = F.linear(hidden, F.normalize(head.weight)).float()
+    logits = F.linear(hidden, F.normalize(head.weight))
     shifted = logits[:, :-1].contiguous().view(-1, logits.shape[-1])
     return F.cross_entropy(shifted, labels[:, 1:].flatten())
 

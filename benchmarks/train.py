@@ -64,6 +64,7 @@ MORE_FLOPS = {
 def count(contestant: Contestant) -> tuple[Work, float, float]:
     """One step, uncompiled: what it did, FLOPs of its matrix products, bytes it kept for backward."""
     kept: dict[int, int] = {}
+    most = [0]
     own = {p.untyped_storage().data_ptr() for p in contestant.model.parameters()}
 
     def keep(tensor):
@@ -72,10 +73,16 @@ def count(contestant: Contestant) -> tuple[Work, float, float]:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
+    def begin(module, args):  # a micro-batch has its own, at addresses of the one before
+        most.append(sum(kept.values()))
+        kept.clear()
+
+    hook = contestant.model.register_forward_pre_hook(begin)
     counter = FlopCounterMode(display=False, custom_mapping=MORE_FLOPS)
     with torch.compiler.set_stance("force_eager"), counter, saved_tensors_hooks(keep, lambda tensor: tensor):
         work = contestant.step()
-    return work, counter.get_total_flops(), sum(kept.values())
+    hook.remove()
+    return work, counter.get_total_flops(), max(*most, sum(kept.values()))
 
 
 def measure(args: argparse.Namespace) -> dict[str, list[contest.Turn]]:

@@ -6,7 +6,7 @@ Kept: every text tokenised by itself in ``__getitem__``, padding to ``model_max_
 in fp32 from tables (7B, with SDPA), ALiBi by an additive mask and a written-out softmax (13B), NormHead that
 writes a normalised weight, logits of every position, the shifted copy, the z-loss term, which costs a pass
 over the logits at weight 0 too. Parameter names are the vendor's, so weights are shared by ``state_dict``.
-Left out: xformers, which the vendor takes on GPUs where it is installed, and bf16.
+Left out: xformers, which the vendor takes on GPUs where it is installed.
 
 Source: baichuan-inc/Baichuan2 fine-tune.py; Baichuan2-7B-Base and Baichuan2-13B-Base modeling_baichuan.py.
 """
@@ -50,7 +50,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, hidden):
         variance = hidden.to(torch.float32).pow(2).mean(-1, keepdim=True)
-        return self.weight * (hidden * torch.rsqrt(variance + self.epsilon))
+        hidden = hidden * torch.rsqrt(variance + self.epsilon)
+        return self.weight * hidden.to(self.weight.dtype)
 
 
 def rotate_half(x):

@@ -298,6 +298,21 @@ def test_generates_with_a_cache(arch, name):
     assert answers[0].shape[1] > 4 and torch.equal(*answers)
 
 
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("name", ["sdpa", "segments", "augmented", "flex"])
+@pytest.mark.parametrize("arch", ARCHES)
+def test_generates_behind_padding_as_without(arch, name, cache):
+    model = model_of(arch)
+    prompts = torch.tensor([[195, 11, 12, 13, 14, 196], [0, 0, 195, 21, 22, 196]])
+    options = dict(max_new_tokens=8, do_sample=False, cache_implementation=cache, disable_compile=True)
+    model.config._attn_implementation = "eager"
+    alone = model.generate(prompts[1:, 2:], max_new_tokens=8, do_sample=False)
+    model.config._attn_implementation = name
+    both = model.generate(prompts, attention_mask=(prompts != 0).long(), **options)
+    assert alone.shape[1] > 4
+    assert both[1, 6:].tolist()[: alone.shape[1] - 4] == alone[0, 4:].tolist()
+
+
 @pytest.mark.parametrize(
     "position, device, dtype, broken, expected",
     [

@@ -241,9 +241,37 @@ def test_norms_of_a_frozen_head_are_kept_until_it_changes(monkeypatch):
     head.bfloat16()
     assert head(hidden.bfloat16()).dtype == torch.bfloat16
     assert len(calls) == 6
+    head.eval()
     compiled = torch.compile(head, backend="eager", fullgraph=True)
     assert torch.equal(compiled(hidden.bfloat16()), head(hidden.bfloat16()))
     assert len(calls) == 6
+
+
+def test_a_compiled_head_that_is_trained_takes_no_kept_norms():
+    hidden, weight, _ = sample()
+    head = BaichuanHead(D, V, normalize=True).train()
+    head.weight.data.copy_(weight)
+    head.weight.requires_grad_(False)
+    head(hidden)
+    with torch.no_grad():
+        head.weight.mul_(torch.linspace(0.1, 9, V)[:, None])
+    truth = BaichuanHead(D, V, normalize=True)
+    truth.weight.data.copy_(head.weight)
+    compiled = torch.compile(head, backend="eager", fullgraph=True)
+    assert_close(compiled(hidden), truth(hidden).double(), FP32)
+    head.weight.requires_grad_()
+    assert_close(compiled(hidden), truth(hidden).double(), FP32)
+
+
+def test_norms_kept_in_inference_mode_serve_training():
+    hidden, _, _ = sample()
+    head = BaichuanHead(D, V, normalize=True)
+    head.weight.requires_grad_(False)
+    with torch.inference_mode():
+        head(hidden)
+    hidden.requires_grad_()
+    head(hidden).sum().backward()
+    assert hidden.grad is not None
 
 
 class LargestTensor(TorchDispatchMode):

@@ -97,12 +97,10 @@ def counted_by_layer(arch, way, level, attention="sdpa"):
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("arch", ARCHES)
 def test_what_a_layer_keeps_is_counted(arch, way, level):
-    """10 %: a backend may align or copy; but for a mask cast per layer (below) the table is exact."""
+    """10 %: a backend may align or copy; the table itself is exact."""
     found, expected = counted_by_layer(arch, way, level)
     assert found > 0
-    # Under autocast ALiBi's fp32 bias is cast in each layer: N * T numbers per token.
-    cast = 2 * 4 * TOKENS if "13b" in arch and way == "full autocast" and level == "none" else 0
-    assert found == pytest.approx(sum(expected.values()) + cast, rel=0.1), expected
+    assert found == pytest.approx(sum(expected.values()), rel=0.1), expected
 
 
 def test_written_out_attention_keeps_its_scores():
@@ -240,6 +238,8 @@ def test_flops_are_what_torch_counts():
         ("NVIDIA GeForce RTX 4090", 165.0),
         ("Tesla V100-SXM2-32GB", 125.0),
         ("NVIDIA GeForce GTX 1080", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
     ],
 )
 def test_peaks_by_device_name(device, peak):

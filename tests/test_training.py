@@ -316,6 +316,21 @@ def test_config_file_and_flags_win_over_it(train, tmp_path):
 # --- a number that must not be trained on -----------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"quantize": "nf4"}, "--quantize was None, is nf4"),
+        ({"lora_rank": 8}, "--lora_rank was 16, is 8"),
+        ({"attn": "sdpa"}, "--packing_tokens 2048 --per_device_train_batch_size 1"),
+    ],
+)
+def test_a_resumed_run_trains_the_same_adapters_on_the_same_rows(train, tmp_path, change, message):
+    options = dict(use_lora=True, max_steps=2, save_strategy="steps", save_steps=1)
+    train(**options)
+    with pytest.raises(UserError, match=message):
+        train(**options, resume_from_checkpoint=tmp_path / "out" / "checkpoint-1", **change)
+
+
 def test_a_loss_that_is_not_finite_stops_with_the_records_named(train, tmp_path):
     broken = tmp_path / "broken"
     torch.manual_seed(0)

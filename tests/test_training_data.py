@@ -154,7 +154,8 @@ def test_held_out_records_that_are_trained_on_are_named(train, capsys):
     "change, words",
     [
         (dict(packing=False), "--packing was True, is False"),
-        (dict(per_device_train_batch_size=1), "rows per update was 2, is 1"),
+        (dict(per_device_train_batch_size=1), "--packing_tokens was 128, is 64"),
+        (dict(gradient_accumulation_steps=2), "rows per update was 1, is 2"),
         (dict(seed=9), "--seed was 42, is 9"),
         (dict(data_path=DATA / "belle_chat.jsonl"), "the content of the data was"),
     ],
@@ -166,7 +167,7 @@ def test_a_run_resumes_with_the_rows_it_has_not_seen(train, tmp_path, change, wo
     with pytest.raises(UserError, match=f"checkpoint-1: .*{words}.*another order"):
         train(**options | change, resume_from_checkpoint=checkpoint)
     if "packing" in change:  # the same rows in another cut are the same rows
-        cut = dict(per_device_train_batch_size=1, gradient_accumulation_steps=2)
+        cut = dict(per_device_train_batch_size=1, packing_tokens=128)
         train(**options | cut, resume_from_checkpoint=checkpoint)
 
 

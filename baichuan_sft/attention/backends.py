@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from baichuan_sft.attention.flex import flex, flex_mask
@@ -96,6 +97,8 @@ for _name, _backend in BACKENDS.items():
     if _backend.make_extra is not None:
         ALL_ATTENTION_FUNCTIONS.register(_name, _backend.attend)
         PREPARE[_name] = functools.partial(layout_or_bias, _backend.make_extra)
+        # With a static cache generate() makes the mask by name, and none for a name that it does not know.
+        ALL_MASK_ATTENTION_FUNCTIONS.register(_name, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
 
 
 def choose(name: str, position: str, device: str, dtype: torch.dtype) -> tuple[str, str]:

@@ -66,4 +66,4 @@ def flex(query, key, value, layout, scaling):
 def _compiled_flex():
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=False)
+    return torch.compile(flex_attention)  # the first shape alone; with a second one for all

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from baichuan_sft.attention.layout import Layout
-from baichuan_sft.model.attention_baichuan import alibi_slopes, attention_bias
+from baichuan_sft.model.attention_baichuan import alibi_slopes, attention_bias, computed_dtype
 
 
 def with_layout(kernel):
@@ -56,14 +56,8 @@ def alibi_of_longest(config, hidden, runs, lengths):
         return None
     index = torch.arange(max(lengths), device=hidden.device)
     return attention_bias(
-        config, hidden[:1, : len(index)], None, None, index, len(index), activations(hidden)
+        config, hidden[:1, : len(index)], None, None, index, len(index), computed_dtype(hidden)
     )
-
-
-def activations(hidden) -> torch.dtype:
-    """Of queries and keys: autocast computes them in half precision from wider hidden states."""
-    device = hidden.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
 
 
 class Augmentation(NamedTuple):
@@ -89,7 +83,8 @@ def augmentation(config, hidden, lengths, inner):
     """``Augmentation`` of an ALiBi model, ``inner`` itself of a RoPE model."""
     if config.position_embedding != "alibi":
         return inner
-    dtype, rest, terms = activations(hidden), alibi_slopes(config.num_attention_heads, hidden.device), []
+    assert max(lengths) <= 257 * 256  # past which bf16 would round a
+    dtype, rest, terms = computed_dtype(hidden), alibi_slopes(config.num_attention_heads, hidden.device), []
     rest = rest.double() * config.head_dim**0.5
     for _ in range(3):
         terms.append(rest.to(dtype))

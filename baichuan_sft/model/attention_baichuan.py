@@ -92,6 +92,12 @@ def visibility(attention_mask, segments, query_index, num_keys):
     return visible & (same & (of_key > 0)[:, None, :])[:, None]
 
 
+def computed_dtype(hidden):
+    """Of queries and keys: under autocast linears give half precision from wider hidden states."""
+    device = hidden.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+
+
 def attention_bias(config, hidden, attention_mask, position_ids, query_index, num_keys, dtype):
     """The additive mask of one forward pass, shared by all layers, or None where plain causal is right.
 

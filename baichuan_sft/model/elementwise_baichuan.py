@@ -9,6 +9,7 @@ B rows, T tokens, N heads, H head width, D model width, F MLP width. Bytes kept 
 """
 
 import torch
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 
@@ -21,6 +22,7 @@ class _RMSNorm(torch.autograd.Function):
         return weight * (wide * scale).to(weight.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         hidden, weight, scale = ctx.saved_tensors
         normed = hidden.float() * scale
@@ -46,6 +48,7 @@ class _SwiGLU(torch.autograd.Function):
         return F.silu(gate) * up
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         gate, up = ctx.saved_tensors
         return torch.ops.aten.silu_backward(grad * up, gate), grad * F.silu(gate)
@@ -71,6 +74,7 @@ class _SplitAndRotate(torch.autograd.Function):
         return turned[:, :, 0], turned[:, :, 1], qkv[:, :, 2].clone()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, d_query, d_key, d_value):
         cos, sin = ctx.saved_tensors
         turned = _turn(torch.stack((d_query, d_key), dim=2), cos, -sin)  # a rotation's transpose turns back

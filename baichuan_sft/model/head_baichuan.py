@@ -42,18 +42,22 @@ class BaichuanHead(nn.Linear):
         """``inverse_row_norms``, or None without NormHead.
 
         Those of a frozen weight are kept: for one generated token the norms would read as much as the
-        product does. A compiled graph takes them unseen; ``generate`` reads the prompt uncompiled first.
+        product does. They are made anew where the weight was written to, though not through ``.data``. A
+        compiled graph takes them unseen, in evaluation; ``generate`` reads the prompt uncompiled first.
         """
         if not self.normalize:
             return None
+        if self.weight.requires_grad:
+            return inverse_row_norms(weight)
         if is_compiling():
-            return inverse_row_norms(weight) if self._kept[1] is None else self._kept[1]
-        if self.weight.requires_grad or self.weight.is_inference():
-            self._kept = None, None
+            kept = None if self.training else self._kept[1]
+            return inverse_row_norms(weight) if kept is None else kept
+        if self.weight.is_inference():  # whose writes nobody counts
             return inverse_row_norms(weight)
         belongs = self.weight.data_ptr(), self.weight._version, weight.dtype, weight.device
         if self._kept[0] != belongs:
-            self._kept = belongs, inverse_row_norms(weight)
+            with torch.inference_mode(False):  # a backward pass may read them later
+                self._kept = belongs, inverse_row_norms(weight)
         return self._kept[1]
 
     def forward(
@@ -183,7 +187,9 @@ class _ChunkedLossSum(torch.autograd.Function):
             if d_weight is not None and weight.dtype == torch.float32:
                 d_weight.addmm_(grad.T, chunk)  # without a second (V, D)
             elif d_weight is not None:
-                d_weight += grad.to(weight.dtype).T @ chunk
+                for low in range(0, weight.shape[0], 16384):  # not a second (V, D)
+                    columns = slice(low, low + 16384)
+                    d_weight[columns] += _product(grad[:, columns].to(weight.dtype).T, chunk)
             if d_hidden is not None:
                 grad = grad if inverse_norms is None else grad.mul_(inverse_norms)
                 d_hidden[start : start + size] = grad.to(weight.dtype) @ weight

@@ -17,7 +17,13 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import can_return_tuple
 
-from .attention_baichuan import PREPARE, attention_bias, eager_attention_forward, rope_angles
+from .attention_baichuan import (
+    PREPARE,
+    attention_bias,
+    computed_dtype,
+    eager_attention_forward,
+    rope_angles,
+)
 from .chat_baichuan import ChatMixin
 from .chat_template_baichuan import read_messages  # noqa: F401  (older transformers copy direct imports only)
 from .configuration_baichuan import BaichuanConfig
@@ -181,7 +187,7 @@ class BaichuanModel(BaichuanPreTrainedModel):
         keep_hidden = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         # Only eager attention has weights to return, and it adds the bias to fp32 scores.
         eager = output_attentions or config._attn_implementation == "eager"
-        dtype = torch.float32 if eager else hidden.dtype
+        dtype = torch.float32 if eager else computed_dtype(hidden)
         prepare = attention_bias if eager else PREPARE.get(config._attn_implementation, attention_bias)
         bias = prepare(config, hidden, attention_mask, position_ids, query_index, num_keys, dtype)
         rope = None

@@ -281,5 +281,4 @@ class Settings:
             return None, size
         if not self.flat:
             return self.data.packing_tokens, size
-        # never wider than in training, whose shape kernels are compiled for
         return self.data.model_max_length * min(size, trained), max(1, size // trained)

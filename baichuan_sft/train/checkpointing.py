@@ -32,7 +32,7 @@ from baichuan_sft.train.progress import say
 # --- a level on a model -----------------------------------------------------------------------------
 
 PRODUCTS = ("aten::mm", "aten::addmm")
-ATTENTION = ("attention", "attn", "flash_fwd")  # parts of the names of all fused kernels
+ATTENTION = ("attention", "attn", "flash_fwd")  # parts of the names of fused kernels; flex has none
 
 
 def apply(model: Any, level: str, zero_stage: int = 0) -> None:

@@ -34,6 +34,8 @@ def check_values(values: dict[str, Any], parser: argparse.ArgumentParser) -> Non
         raise UserError("--bf16 and --fp16 are both True; keep one.")
     if values["dataloader_persistent_workers"] and not values["dataloader_num_workers"]:
         raise UserError("--dataloader_persistent_workers True needs --dataloader_num_workers of at least 1.")
+    if values["freeze"] and values["peak_tflops"]:
+        raise UserError("--peak_tflops and --freeze are both given; no MFU is computed with frozen weights.")
     if values["freeze"] and values["use_lora"]:
         raise UserError(
             "--freeze and --use_lora are both given; LoRA freezes all weights of the model already."

@@ -39,7 +39,7 @@ def lay_out(settings: Settings, args: Any, segments: Any, *, evaluate: bool = Fa
         updates = -(-len(rows) // per_update)
         line += f"; {_plural(per_update, 'row')} per update, {_plural(updates, 'update')} per epoch"
     say(line)
-    if not evaluate and (len(rows) < per_update or per_update == len(rows) == 1):
+    if not evaluate and len(rows) <= per_update:
         room = _plural(per_update, "row")
         say(
             f"packing: all {what} are in one update per epoch, which has room for {room}; "
@@ -78,11 +78,26 @@ def require_same_rows(checkpoint: str | None, facts: dict[str, Any]) -> None:
     file = Path(checkpoint or "", "run.json")
     if checkpoint is None or not file.exists():
         return
-    then, now = (_deciding(run) for run in (json.loads(file.read_text()), facts))
+    before = json.loads(file.read_text())
+    then, now = (_deciding(run) for run in (before, facts))
     other = [f"{name} was {then[name]}, is {now[name]}" for name in now if then.get(name) != now[name]]
     if other:
+        rows = before.get("rows_per_batch", before["training"]["per_device_train_batch_size"])
+        packed = f"--packing_tokens {then['--packing_tokens']} --per_device_train_batch_size {rows}"
         raise UserError(
             f"{checkpoint}: {'; '.join(other)}. The rows would come in another order; resume with what the "
+            "run began with, or start anew in another --output_dir."
+            + (f" Its rows are those of {packed}." if then["--packing"] else "")
+        )
+    was, is_now = before.get("lora", {}), facts["lora"]
+    other = [
+        f"--{name} was {was[name]}, is {is_now[name]}"
+        for name in is_now
+        if was.get(name) != is_now[name] and name in was
+    ]
+    if other:
+        raise UserError(
+            f"{checkpoint}: {'; '.join(other)}. Its adapters were trained otherwise; resume with what the "
             "run began with, or start anew in another --output_dir."
         )
 

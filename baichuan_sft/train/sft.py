@@ -55,6 +55,9 @@ def train(settings: Settings, inputs: Inputs) -> None:
         train_dataset=lay_out(settings, args, inputs.train),
         eval_dataset=None if held_out is None else lay_out(settings, args, held_out, evaluate=True),
         data_collator=FactsCollator(inputs.tokenizer.pad_token_id, **batch_shape(settings, args)),
+        eval_collator=FactsCollator(
+            inputs.tokenizer.pad_token_id, **batch_shape(settings, args, evaluate=True)
+        ),
         processing_class=inputs.tokenizer,
         record=record,
         check_reload=settings.model.check_reload,
@@ -102,7 +105,8 @@ def conclude(trainer: Any, settings: Settings) -> None:
         say(f"data, on rank 0: {trainer.train_dataset.balance()}")
     if trainer.is_world_process_zero():
         plot_loss(trainer.state.log_history, Path(trainer.args.output_dir) / "loss.png")
-    say(f"\nTalk to the result:\n  baichuan-sft chat {trainer.args.output_dir}")
+    quantized = f" --quantize {settings.lora.quantize}" if settings.lora.quantize else ""
+    say(f"\nTalk to the result:\n  baichuan-sft chat {trainer.args.output_dir}{quantized}")
 
 
 def quieten_bars() -> None:
@@ -113,9 +117,9 @@ def quieten_bars() -> None:
         logging.disable_progress_bar()
 
 
-def batch_shape(settings: Settings, args: Any) -> dict[str, int]:
+def batch_shape(settings: Settings, args: Any, *, evaluate: bool = False) -> dict[str, int]:
     """On a GPU packed batches are all of one shape, for which kernels are compiled once."""
-    capacity = settings.row_shape()[0]
+    capacity = settings.row_shape(evaluate=evaluate)[0]
     if args.device.type == "cpu" or capacity is None:
         return {}
     return {"pad_to_multiple_of": 128, "pad_to_capacity": capacity}

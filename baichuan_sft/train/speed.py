@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -23,16 +25,20 @@ class Speed:
         lora = any(name.endswith(".lora_A") for name, _ in model.named_modules())
         self.lora, self.adapter_parameters = lora, trained if lora else 0
         self.config, self.args = model.config, args
-        self.peak = peak_flops(args)
+        frozen = not lora and not all(p.requires_grad for p in model.parameters())
+        self.peak = None if frozen else peak_flops(args)  # who needs which gradient is not in the formula
         self.counts = torch.zeros(4, dtype=torch.float64)  # computed, real, target tokens; squared lengths
         self.since = time.monotonic()
 
     def add(self, computed: int, real: int, targets: int, squared_lengths: int) -> None:
         self.counts += torch.tensor([computed, real, targets, squared_lengths])
 
-    def pause(self, seconds: float) -> None:
-        """Leave out time that was not spent on training."""
-        self.since += seconds
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Evaluating and saving do not make training seem slower."""
+        started = time.monotonic()
+        yield
+        self.since += time.monotonic() - started
 
     def read(self, accelerator: Any) -> dict[str, float]:
         """Of all ranks together since the last call.

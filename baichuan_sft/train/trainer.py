@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,10 +82,11 @@ class SftTrainer(Trainer):
         check_reload: bool,
         sources: list[str],
         rows_per_batch: tuple[int, int],
+        eval_collator: FactsCollator,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.rows_per_batch = rows_per_batch
+        self.rows_per_batch, self.eval_collator = rows_per_batch, eval_collator
         self.record = record
         self.sources = sources
         self.check_reload = check_reload
@@ -118,13 +118,13 @@ class SftTrainer(Trainer):
         ranks = {"world_size": args.world_size, "rank": args.process_index}
         return RowOrder(dataset.lengths, batch_size=batch_size, **ranks, **options)
 
-    def _loader(self, dataset: Any, order: RowOrder) -> DataLoader:
+    def _loader(self, dataset: Any, order: RowOrder, collate: Any) -> DataLoader:
         """Not prepared by accelerate, which would deal batches to ranks once more and repeat rows."""
         args = self.args
         return DataLoader(
             dataset,
             batch_sampler=order,
-            collate_fn=self.data_collator,
+            collate_fn=collate,
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory and not args.use_cpu,
             persistent_workers=args.dataloader_persistent_workers,
@@ -142,12 +142,13 @@ class SftTrainer(Trainer):
             return DataLoader(
                 self.train_dataset, size, collate_fn=self.data_collator, generator=own, pin_memory=pin
             )
-        return self._loader(self.train_dataset, self.order)
+        return self._loader(self.train_dataset, self.order, self.data_collator)
 
     def get_eval_dataloader(self, eval_dataset=None):
         dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         options = {"accumulation": 1, "strategy": "group_by_length"}  # the order changes nothing
-        return self._loader(dataset, self._order(dataset, self.rows_per_batch[1], **options))
+        order = self._order(dataset, self.rows_per_batch[1], **options)
+        return self._loader(dataset, order, self.eval_collator)
 
     # --- one step ---------------------------------------------------------------------------------
 
@@ -184,15 +185,15 @@ class SftTrainer(Trainer):
     def log(self, logs, start_time=None):
         if "loss" in logs:
             logs |= self.speed.read(self.accelerator)
+        # transformers counts a packed row as so many as were laid end to end in it
+        logs.pop("train_samples_per_second", None)
         super().log(logs, start_time)
 
     # --- evaluation -------------------------------------------------------------------------------
 
     def evaluate(self, *args, **kwargs):
-        started = time.monotonic()
-        metrics = super().evaluate(*args, **kwargs)
-        self.speed.pause(time.monotonic() - started)  # else training would seem slower
-        return metrics
+        with self.speed.paused():
+            return super().evaluate(*args, **kwargs)
 
     @torch.no_grad()
     def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs):
@@ -230,6 +231,10 @@ class SftTrainer(Trainer):
         return EvalLoopOutput(nothing, nothing, metrics, num_samples)
 
     # --- saving -----------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, *args, **kwargs):
+        with self.speed.paused():
+            return super()._save_checkpoint(*args, **kwargs)
 
     def save_model(self, output_dir=None, _internal_call=False):
         """Save, then check the files; after the first save also that they give the live model's logits."""
