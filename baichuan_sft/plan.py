@@ -171,6 +171,12 @@ class Step:
         return self.trained_bytes > self.compute_bytes and not self.engine
 
 
+def gib(num_bytes: float) -> str:
+    """GiB in few digits, of a nano model too."""
+    value = num_bytes / GIB
+    return f"{value:.1f}" if value >= 1 else f"{value:.2g}"
+
+
 @dataclass(frozen=True)
 class Memory:
     """Bytes of one process at the highest point of a step.
@@ -194,7 +200,7 @@ class Memory:
 
     def __str__(self) -> str:
         names = ("weights", "gradients", "optimizer", "activations", "working")
-        return ", ".join(f"{name} {getattr(self, name) / GIB:.1f}" for name in names)
+        return ", ".join(f"{name} {gib(getattr(self, name))}" for name in names)
 
 
 def kept_without_checkpointing(config: Any, step: Step) -> dict[str, float]:

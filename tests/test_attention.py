@@ -194,6 +194,19 @@ def test_on_a_gpu_no_worse_than_eager_in_bf16(arch, name, kind):
         assert miss[0] <= 2 * miss[1], (what, miss)
 
 
+@pytest.mark.parametrize("kind", [packed, over_long, padded_left], ids=lambda kind: kind.__name__)
+def test_runs_too_long_for_a_bias_carry_alibi_otherwise(kind, monkeypatch):
+    model, batch = model_of("baichuan-13b"), batch_of(kind)
+    theirs = outcome(model, "eager", batch)
+    made = []
+    monkeypatch.setattr(kernels, "LONGEST_BIAS", 8)
+    monkeypatch.setattr(
+        kernels, "augmentation", lambda *args, of=kernels.augmentation: made.append(of(*args)) or made[-1]
+    )
+    assert_same(outcome(model, "segments", batch), theirs, AUGMENTED, AUGMENTED)
+    assert isinstance(made[0], kernels.Augmentation)
+
+
 @pytest.mark.parametrize("arch", ARCHES)
 def test_a_boundary_matters(arch):
     """The comparison above would see a backend that lets packed segments see each other."""

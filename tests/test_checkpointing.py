@@ -1,6 +1,7 @@
 """Activation checkpointing: every level gives the same numbers, and the one that fits is chosen."""
 
 import math
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -210,9 +211,8 @@ def prepared(monkeypatch, asked="auto", free=GIB, probes=None, compiled=False):
 
 def test_the_log_says_what_was_chosen_and_why(monkeypatch, capsys):
     assert prepared(monkeypatch) == ("none", False)
-    assert capsys.readouterr().out.startswith(
-        "checkpointing: none (needs about 0.0 of 1.0 GiB: weights 0.0, "
-    )
+    said = capsys.readouterr().out
+    assert re.match(r"checkpointing: none \(needs about 0\.0\d+ of 1\.0 GiB: weights 0\.00\d+, ", said), said
     assert prepared(monkeypatch, free=GIB // 1000) == ("full", True)
     said = capsys.readouterr().out
     assert "auto, no probe step on a CPU)" in said and "warning: memory may run out" in said

@@ -6,7 +6,7 @@ other: a packed conversation, an unpacked one, or padding.
     backend    mask                        where it is used
     eager      T x T                       the reference: scores written out
     sdpa       T x T, none where causal    chat, and whatever a Layout cannot say
-    segments   none; ALiBi: longest run    CPUs: one SDPA call per run
+    segments   none; ALiBi: of one run     CPUs: one SDPA call per run
     augmented  none                        the same, ALiBi carried by extra head dimensions
     varlen     none                        GPUs, fp16 and bf16: torch's variable-length flash kernel
     flex       blocks of 128 x 128         GPUs, ALiBi: FlexAttention with the bias inside the kernel

@@ -76,7 +76,7 @@ def _import_error(module: str) -> str | None:
 BACKENDS = {
     "eager": Backend(eager_attention_forward, None, _anywhere),
     "sdpa": Backend(ALL_ATTENTION_FUNCTIONS["sdpa"], None, _anywhere),
-    "segments": Backend(with_layout(segments), alibi_of_longest, _anywhere),
+    "segments": Backend(with_layout(augmented(segments)), alibi_of_longest, _anywhere),
     "augmented": Backend(
         with_layout(augmented(segments)),
         lambda config, hidden, runs, lengths: augmentation(config, hidden, lengths, None),

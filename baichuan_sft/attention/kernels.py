@@ -37,6 +37,10 @@ def flat(x):
     return x.transpose(1, 2).flatten(0, 1)
 
 
+# Of a longer run the bias is more work than head dimensions that carry it, and grows with its square.
+LONGEST_BIAS = 1024
+
+
 def segments(query, key, value, layout, scaling):
     """One call per run, each with its own kernel's causal rule; ``extra`` is ALiBi over the longest run."""
     parts = [flat(x).split(layout.lengths) for x in (query, key, value)]
@@ -54,6 +58,8 @@ def alibi_of_longest(config, hidden, runs, lengths):
     """ALiBi over the longest run, ``(1, N, L, L)``: its corner is that of a shorter one; None for RoPE."""
     if config.position_embedding != "alibi":
         return None
+    if max(lengths) > LONGEST_BIAS:
+        return augmentation(config, hidden, lengths, None)
     index = torch.arange(max(lengths), device=hidden.device)
     return attention_bias(
         config, hidden[:1, : len(index)], None, None, index, len(index), computed_dtype(hidden)

@@ -23,7 +23,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from baichuan_sft.errors import EnvironmentFault
 from baichuan_sft.model.modeling_baichuan import BaichuanModel
-from baichuan_sft.plan import GIB, LEVELS, Step, estimate
+from baichuan_sft.plan import GIB, LEVELS, Step, estimate, gib
 from baichuan_sft.quantization import num_elements, weight_bytes
 from baichuan_sft.train.adapters import count_parameters
 from baichuan_sft.train.checks import deepspeed_config
@@ -270,10 +270,7 @@ def prepare(model: Any, settings: Any, args: Any) -> str:
             "even with --checkpointing full; lower --per_device_train_batch_size or --packing_tokens, or "
             "split the model with --deepspeed."
         )
-    say(
-        f"checkpointing: {level} (needs about {need / GIB:.1f} of {budget / GIB:.1f} GiB: "
-        f"{estimates[level]}; {how})"
-    )
+    say(f"checkpointing: {level} (needs about {gib(need)} of {gib(budget)} GiB: {estimates[level]}; {how})")
     if need > budget:
         say("warning: memory may run out; lower --per_device_train_batch_size or --packing_tokens")
     apply(model, level, step.stage)
