@@ -173,8 +173,7 @@ class Step:
 
 def gib(num_bytes: float) -> str:
     """GiB in few digits, of a nano model too."""
-    value = num_bytes / GIB
-    return f"{value:.1f}" if value >= 1 else f"{value:.2g}"
+    return f"{num_bytes / GIB:.1f}" if num_bytes >= GIB else f"{num_bytes / GIB:.2g}"
 
 
 @dataclass(frozen=True)
@@ -303,9 +302,8 @@ def _weights(config: Any, step: Step) -> float:
         return step.weight_bytes + copies
     whole = min(GATHERED, num_parameters(config)) / num_parameters(config)
     share = 0 if step.offload_weights else 1 / step.world_size
-    return (
-        step.weight_bytes * min(1.0, share + whole * (step.world_size > 1 or step.offload_weights)) + copies
-    )
+    part = min(1.0, share + whole * (step.world_size > 1 or step.offload_weights))
+    return step.weight_bytes * part + copies
 
 
 def _states(step: Step) -> tuple[float, float]:

@@ -144,7 +144,6 @@ def curve(contestant: str, position: str, sweep: str, points: list[int]) -> dict
     xs, results = [], []
     for x in points:
         point = BASE | {sweep: x}
-        # segments' ALiBi bias is as wide as the longest conversation, sdpa's as the row
         wide = position == "alibi" and contestant == "sdpa, packed"
         mask = SHAPE["num_attention_heads"] * point["sequence length"] ** 2 * point["rows"] * 4
         if wide and mask > MAX_MASK_BYTES:
