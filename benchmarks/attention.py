@@ -60,7 +60,8 @@ def step_of(name: str, config: BaichuanConfig, tokens: int, device: str, dtype: 
 
 def usable(name: str, config: BaichuanConfig, tokens: int, device: str, dtype: torch.dtype) -> bool:
     backend = BACKENDS[name]
-    if backend.why_not(device, dtype):
+    same_as_segments = name == "augmented" and config.position_embedding == "rope"
+    if backend.why_not(device, dtype) or same_as_segments:
         return False
     heads = config.num_attention_heads if name == "eager" or config.position_embedding == "alibi" else 1
     return backend.make_extra is not None or 4 * heads * tokens**2 <= MAX_MASK_BYTES

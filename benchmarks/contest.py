@@ -120,7 +120,6 @@ def plot(path: str | Path, title: str, label: str, values: dict[str, Sequence[fl
     axes.axvline(1, color="grey", linestyle="--", linewidth=1)
     axes.set(title=title, xlabel=label, yticks=range(len(values)), yticklabels=list(values))
     axes.set_xlim(left=0)
-    axes.margins(y=0.3)
-    axes.invert_yaxis()
+    axes.set_ylim(len(values) - 0.4, -0.8)  # the first on top, with room for its number
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

@@ -60,7 +60,7 @@ def plot(path: str, found: dict[int, dict[str, float]]) -> None:
     for place, name in enumerate(names):
         spots = np.arange(len(found)) + place * width
         bars = axes.bar(spots, [of[name] for of in found.values()], width, label=name)
-        axes.bar_label(bars, fmt="%.2f", fontsize=7)
+        axes.bar_label(bars, fmt="%.3f", fontsize=7)
     axes.set(title="Useful tokens per computed token", xlabel="cut-off, tokens", ylim=(0, 1.1))
     axes.set_xticks(np.arange(len(found)) + 0.4 - width / 2, [f"{cut:,}" for cut in found])
     axes.legend(ncols=len(names), fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.15))
