@@ -325,6 +325,8 @@ def test_config_file_and_flags_win_over_it(train, tmp_path):
     ],
 )
 def test_a_resumed_run_trains_the_same_adapters_on_the_same_rows(train, tmp_path, change, message):
+    if "quantize" in change:
+        pytest.importorskip("bitsandbytes")
     options = dict(use_lora=True, max_steps=2, save_strategy="steps", save_steps=1)
     train(**options)
     with pytest.raises(UserError, match=message):
