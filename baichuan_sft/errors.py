@@ -30,6 +30,12 @@ class CheckpointFault(UserError):
     exit_code = 4
 
 
+class PeerFault(UserError):
+    """Another rank or host ended, or gives no sign of life; what it says itself explains more."""
+
+    exit_code = 5
+
+
 class NumericalFault(UserError):
     """Training produced a number that must not be trained on (NaN, Inf, a zero loss with targets)."""
 

@@ -12,9 +12,10 @@ LAYERS = [
     {"errors"},
     {"arguments", "model"},
     {"variants"},
-    {"data", "attention", "quantization"},
+    {"data", "attention", "quantization", "commit", "hosts"},
     {"checkpoint", "plan"},
-    {"train", "infer", "datatools", "export", "evaluate", "doctor", "launch"},
+    {"train", "infer", "datatools", "export", "evaluate", "doctor"},
+    {"launch"},
     {"cli"},
     {"fine-tune"},
 ]

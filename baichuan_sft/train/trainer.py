@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,22 +17,17 @@ from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
-from baichuan_sft.checkpoint import is_adapter, load_model, verify
 from baichuan_sft.data.packing import NO_ITEM, Collator, PackedDataset
 from baichuan_sft.data.streaming import StreamingRows
 from baichuan_sft.data.template import IGNORE
-from baichuan_sft.errors import CheckpointFault, NumericalFault
-from baichuan_sft.quantization import quantization_of
+from baichuan_sft.errors import NumericalFault
+from baichuan_sft.train.numerics import CAUSES, Numerics
 from baichuan_sft.train.order import RowOrder, SaveStream, SetEpoch
-from baichuan_sft.train.processes import outside_zero3
 from baichuan_sft.train.progress import LogLines, ProgressBar
 from baichuan_sft.train.record import RunRecord
+from baichuan_sft.train.saving import Saving
 from baichuan_sft.train.speed import Speed
-
-CAUSES = "Likely causes: too high a learning rate, fp16 overflow (use bf16), or damaged weights."
-# Of the largest logit: what another device and kernel round differently, TF32's 10 bits included.
-RELOAD_TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 1e-1, torch.float16: 1e-1}
-PROBE_TOKENS = 16
+from baichuan_sft.train.state import State
 
 
 @dataclass(frozen=True)
@@ -64,7 +58,7 @@ class FactsCollator(Collator):
         return batch
 
 
-class SftTrainer(Trainer):
+class SftTrainer(Numerics, Saving, State, Trainer):
     """Trainer that names a bad batch, verifies what it saved, and counts tokens.
 
     Args:
@@ -90,7 +84,6 @@ class SftTrainer(Trainer):
         self.record = record
         self.sources = sources
         self.check_reload = check_reload
-        self.items_of_update: list[tuple[int, int]] = []
         self.speed = Speed(self.model, self.args)
         dataset = kwargs["train_dataset"]
         if isinstance(dataset, StreamingRows):
@@ -150,38 +143,6 @@ class SftTrainer(Trainer):
         order = self._order(dataset, self.rows_per_batch[1], **options)
         return self._loader(dataset, order, self.eval_collator)
 
-    # --- one step ---------------------------------------------------------------------------------
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        facts = inputs.pop("facts")
-        self.items_of_update = self.items_of_update + facts.items
-        self.speed.add(facts.num_computed, facts.num_real, facts.num_targets, facts.squared_lengths)
-        loss: Any = super().compute_loss(model, inputs, False, num_items_in_batch)
-        value = loss.item()
-        if not math.isfinite(value):
-            self._stop(self.state.global_step + 1, f"the loss is {value}")
-        if value == 0 and facts.num_targets:
-            self._stop(self.state.global_step + 1, f"the loss is 0 over {facts.num_targets} targets")
-        return loss
-
-    def _maybe_log_save_evaluate(self, tr_loss, grad_norm, *args, **kwargs):
-        norm = float(grad_norm) if grad_norm is not None else 0.0
-        # DeepSpeed's fp16 scaler skips such a step by itself and lowers its scale.
-        if not (math.isfinite(norm) and norm >= 0) and not self.args.fp16:
-            self._stop(self.state.global_step, f"the gradient norm is {norm}")
-        self.items_of_update = []
-        return super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
-
-    def _stop(self, step: int, what: str) -> None:
-        items: dict[str, list[str]] = {}
-        for source, item in dict.fromkeys(self.items_of_update):
-            items.setdefault(self.sources[source], []).append(str(item))
-        records = "; ".join(f"{path} item {', '.join(numbers)}" for path, numbers in items.items())
-        raise NumericalFault(
-            f"step {step}, rank {self.args.process_index}: {what}; records (0-based) {records}. "
-            f"Nothing was saved after the last checkpoint. {CAUSES}"
-        )
-
     def log(self, logs, start_time=None):
         if "loss" in logs:
             logs |= self.speed.read(self.accelerator)
@@ -229,58 +190,6 @@ class SftTrainer(Trainer):
         num_samples = len(dataloader.dataset.segments)
         nothing: Any = None
         return EvalLoopOutput(nothing, nothing, metrics, num_samples)
-
-    # --- saving -----------------------------------------------------------------------------------
-
-    def _save_checkpoint(self, *args, **kwargs):
-        with self.speed.paused():
-            return super()._save_checkpoint(*args, **kwargs)
-
-    def save_model(self, output_dir=None, _internal_call=False):
-        """Save, then check the files; after the first save also that they give the live model's logits."""
-        output_dir = output_dir or self.args.output_dir
-        super().save_model(output_dir, _internal_call)
-        if self.args.should_save:
-            # A pickle, of what run.json says in text.
-            Path(output_dir, "training_args.bin").unlink(missing_ok=True)
-            self.record.write(output_dir)
-            if is_adapter(output_dir):
-                self._base_model().generation_config.save_pretrained(output_dir)
-            verify(output_dir)
-        if self.check_reload:
-            self._compare_reloaded(output_dir)
-            self.check_reload = False
-        self.accelerator.wait_for_everyone()
-
-    def _base_model(self):
-        model = self.accelerator.unwrap_model(self.model)
-        return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-    @torch.no_grad()
-    def _compare_reloaded(self, path: str | Path) -> None:
-        vocab_size = self._base_model().config.vocab_size
-        probe = torch.arange(PROBE_TOKENS)[None] * (vocab_size // PROBE_TOKENS)
-        # ZeRO-3 gathers each layer over all ranks, so all of them run the live model.
-        model: Any = self.model_wrapped
-        was_training = model.training
-        model.eval()
-        live = model(input_ids=probe.to(self.args.device)).logits
-        tolerance = RELOAD_TOLERANCE[live.dtype]  # under autocast fp32 weights give half-precision logits
-        live = live.float().cpu()
-        model.train(was_training)
-        if not self.args.should_save:
-            return
-        dtype = next(model.parameters()).dtype  # a base stored in fp32 may be trained in bf16
-        with outside_zero3(), torch.random.fork_rng(devices=[]):
-            reloaded = load_model(path, dtype=dtype, quantize=quantization_of(self._base_model()))
-            saved = reloaded(input_ids=probe).logits.float()
-        gap, scale = (live - saved).abs().max().item(), live.abs().max().item()
-        tolerance *= max(scale, 1.0)
-        if not gap <= tolerance:
-            raise CheckpointFault(
-                f"{path}: the reloaded model's logits differ from the live ones by {gap:.2g}, more than "
-                f"{tolerance:.2g}; the saved weights are not the trained ones."
-            )
 
 
 class Stage0Norm(TrainerCallback):
