@@ -1,6 +1,7 @@
 # make demo    the main job in miniature: install, train a nano model, talk to it (about two minutes after installing)
 # make test    the whole test suite
 # make lint    ruff and mypy
+# make soak    kill -9 at 200 random moments, and at every write of a save (about an hour)
 PYTHON ?= python3
 BIN := .venv/bin
 GPU := $(shell command -v nvidia-smi)
@@ -9,13 +10,14 @@ TORCH := torch==2.13.0
 comma := ,
 EXTRAS := dev$(if $(GPU),$(comma)gpu)
 
-.PHONY: demo test test-fast lint bench clean
+.PHONY: demo test test-fast lint bench soak clean
 
 demo: .venv/installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/demo.sh
 
 test: .venv/installed
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n logical --dist loadfile -m "not alone"
+	$(BIN)/python -m pytest -q -m alone
 
 test-fast: .venv/installed
 	$(BIN)/python -m pytest -q -m "not slow"
@@ -30,6 +32,9 @@ bench: .venv/installed
 	$(BIN)/python benchmarks/comm.py
 	$(BIN)/python benchmarks/scaling.py
 	@echo "with data of your own: benchmarks/data.py and benchmarks/packing.py, see their --help"
+
+soak: .venv/installed
+	$(BIN)/python benchmarks/crash.py --trials 200
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

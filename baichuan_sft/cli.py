@@ -6,24 +6,25 @@ import importlib
 import io
 import logging
 import os
-import re
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
 
 from baichuan_sft import __version__
 from baichuan_sft.errors import UserError, pick
+from baichuan_sft.train import signals, status
 
 # name -> (module:function(argv) -> exit code, one line of help)
 COMMANDS = {
     "train": ("baichuan_sft.train.sft:main", "fine-tune a model on conversations, all weights or LoRA"),
     "data": ("baichuan_sft.datatools.command:main", "check data files, or tokenise them before training"),
+    "plan": ("baichuan_sft.plan.command:main", "what a run needs and how long it takes, without a GPU"),
     "preview": ("baichuan_sft.datatools.preview:preview", "show conversations as tokens, trained and not"),
+    "launch": ("baichuan_sft.launch.command:main", "train on one or many hosts; when one fails, all end"),
+    "doctor": ("baichuan_sft.doctor.command:main", "what keeps one or many hosts from training"),
     "chat": ("baichuan_sft.infer.terminal:main", "talk to a model, an adapter or a checkpoint"),
 }
-
-# What gloo and NCCL say of a rank that is gone.
-LOST_PEER = re.compile(r"closed by peer|reset by peer|Broken pipe|remote process exited", re.IGNORECASE)
 
 EXAMPLE = """example:
   baichuan-sft data check data/belle_chat.json
@@ -40,29 +41,31 @@ def run(command: Callable[[list[str]], int], argv: list[str]) -> int:
     logging.getLogger("DeepSpeed").addFilter(lambda entry: "accelerator to CPU" not in entry.getMessage())
     # What torch, transformers and DeepSpeed deprecate in each other is nothing a user can act on.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.|transformers\.")
+    rank = os.environ.get("RANK", "0")
+    name = "error" if rank == "0" else f"error (rank {rank})"
     try:
         return command(argv)
     except UserError as error:
-        # Every rank refuses the same flags and files: once per host is enough. Other faults may be one's own.
-        if error.exit_code != 2 or os.environ.get("LOCAL_RANK", "0") == "0":
-            rank = os.environ.get("RANK")
-            print(
-                f"error{f' (rank {rank})' if rank not in (None, '0') else ''}: {error}",
-                file=sys.stderr,
-                flush=True,
-            )
+        status.fail(error, error.exit_code)
+        # What every rank finds alike is said once: of flags and files on each host, of numbers by rank 0.
+        if {2: os.environ.get("LOCAL_RANK", "0"), 6: rank}.get(error.exit_code, "0") == "0":
+            print(f"{name}: {error}", file=sys.stderr, flush=True)
         return leave(error.exit_code)
-    except RuntimeError as error:
-        if os.environ.get("RANK", "0") == "0" or not LOST_PEER.search(str(error)):
-            raise
-        print(f"error (rank {os.environ['RANK']}): another rank ended; its error says why", file=sys.stderr)
-        return leave(5)
+    except signals.Interrupted as error:
+        status.fail(error, error.exit_code)
+        if rank == "0" or not error.everywhere:
+            print(error, file=sys.stderr, flush=True)
+        return leave(error.exit_code)
     except BrokenPipeError:  # of `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except Exception as error:
+        status.fail(error, 1)
+        traceback.print_exc()
+        return leave(1)
 
 
 def leave(exit_code: int) -> int:

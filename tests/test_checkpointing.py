@@ -273,7 +273,7 @@ def test_older_switches_are_levels(words, level, tmp_path):
     "words, message",
     [
         ("--checkpointing none --gradient_checkpointing True", "--checkpointing is given twice"),
-        ("--gradient_checkpointing maybe", "--gradient_checkpointing is 'maybe'; it must be True or False"),
+        ("--gradient_checkpointing maybe", "--gradient_checkpointing: 'maybe' is neither True nor False"),
         ("--gradient_checkpointing_kwargs {}", "--checkpointing chooses the kind that works"),
         ("--checkpointing some", "invalid choice: 'some'"),
         ("--checkpointing selective --torch_compile True", "not possible with --torch_compile True"),

@@ -24,7 +24,9 @@ def nano(tmp_path_factory):
     directory = tmp_path_factory.mktemp("nano")
     torch.manual_seed(0)
     # the z-loss enters training and no evaluation
-    BaichuanForCausalLM(tiny_config("baichuan2-7b", z_loss_weight=0.1)).save_pretrained(directory)
+    BaichuanForCausalLM(
+        tiny_config("baichuan2-7b", z_loss_weight=0.1, max_position_embeddings=512)
+    ).save_pretrained(directory)
     load_tokenizer(SMALL_VOCABULARY).save_pretrained(directory)
     return directory
 

@@ -12,7 +12,7 @@ LAYERS = [
     {"errors"},
     {"arguments", "model"},
     {"variants"},
-    {"data", "attention", "quantization", "commit", "hosts"},
+    {"data", "attention", "quantization", "commit", "hosts", "ops_cache"},
     {"checkpoint", "plan"},
     {"train", "infer", "datatools", "export", "evaluate", "doctor"},
     {"launch"},

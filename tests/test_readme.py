@@ -27,11 +27,15 @@ from baichuan_sft.data.template import IGNORE, TRAIN_ON, Rendered
 from baichuan_sft.data.turns import ROLE_ALIASES
 from baichuan_sft.datatools.command import _parser as data_parser
 from baichuan_sft.datatools.preview import _parser as preview_parser
+from baichuan_sft.doctor.command import parser as doctor_parser
 from baichuan_sft.errors import UserError
 from baichuan_sft.infer.chat import build_parser as chat_parser
 from baichuan_sft.infer.terminal import COMMANDS as CHAT_COMMANDS
+from baichuan_sft.launch.command import build_parser as launch_parser
 from baichuan_sft.model.configuration_baichuan import BaichuanConfig
+from baichuan_sft.plan.command import build_parser as plan_parser
 from baichuan_sft.train import args as tables
+from baichuan_sft.train.flags import RENAMED
 from baichuan_sft.train.parse import build_parser as train_parser
 from baichuan_sft.variants import VARIANTS
 
@@ -45,6 +49,10 @@ NOT_RUN = {
     "pip install -e .": "installs",
     "hf download baichuan-inc/Baichuan2-7B-Base --local-dir Baichuan2-7B-Base": "a nano model stands in",
     "deepspeed --hostfile=hostfile fine-tune/fine-tune.py --config run.yaml": "needs several hosts",
+    "baichuan-sft doctor --hostfile hostfile --model_name_or_path Baichuan2-7B-Base --data_path "
+    "data/belle_chat.json": "needs several hosts; test_doctor.py",
+    "baichuan-sft launch --hostfile hostfile --max_restarts 3 train --config run.yaml": "needs several hosts; "
+    "test_real_hosts.py",
     "baichuan-sft data check train.jsonl": "a file with faults; see test_the_check_shows_these_faults",
 }
 # The tests' machine has no eight GPUs, others may launch on it at the same time, and one epoch shows it all.
@@ -58,11 +66,11 @@ OTHER_PROGRAMS_FLAGS = {"--hostfile", "--num_gpus", "--local-dir"}
 WRITTEN_BY_A_RUN = set(
     """config.json model.safetensors adapter_config.json adapter_model.safetensors generation_config.json
     tokenizer.model chat_template.jinja modeling_baichuan.py run.json trainer_log.jsonl loss.png
-    checkpoint-*/""".split()
+    checkpoint-*/ manifest.json COMMIT""".split()
 )
 ONLY_OF_FAULTY_DATA = {"data_report.jsonl", "rejected.jsonl"}
 NOT_IN_THE_REPOSITORY = ONLY_OF_FAULTY_DATA | set(
-    """.venv .deepspeed_env run.yaml pytorch_model*.bin .bin model.chat model.layers.0.*
+    """.venv run.yaml zero.json pytorch_model*.bin .bin model.chat model.layers.0.*
     ~/.cache/baichuan_sft </s>
     .gz .zst .txt a.json#1000,b.jsonl 'chat/*.jsonl'""".split()
 )
@@ -92,9 +100,10 @@ def rows(text, pattern):
 
 def known_flags():
     (commands,) = [a for a in data_parser()._actions if isinstance(a, argparse._SubParsersAction)]
-    parsers = (train_parser(), preview_parser(), chat_parser(), *commands.choices.values())
+    others = (preview_parser(), chat_parser(), plan_parser(), doctor_parser(), launch_parser())
+    parsers = (train_parser(), *others, *commands.choices.values())
     known = {word for parser in parsers for action in parser._actions for word in action.option_strings}
-    return known | {f"--{name}" for name in tables.RENAMED}
+    return known | {f"--{name}" for name in RENAMED}
 
 
 @pytest.fixture(params=READMES)
@@ -166,7 +175,7 @@ def test_models_and_exit_codes_are_the_codes(text):
         assert (head == "NormHead") == (config.lm_head == "norm")
     (codes,) = re.findall(r"^(?:Exit codes: |退出码：)(.*?)\n\n", text, re.MULTILINE | re.DOTALL)
     named = {int(code) for code in re.findall(r"(?:^|[;；]\s*)(\d+) ", codes)}
-    assert named == {0, 5, 130} | {kind.exit_code for kind in (UserError, *UserError.__subclasses__())}
+    assert named == {0, 130} | {kind.exit_code for kind in (UserError, *UserError.__subclasses__())}
 
 
 def test_files_exist(text):
@@ -176,7 +185,7 @@ def test_files_exist(text):
     missing = {path for path in paths if not (ROOT / path).exists()}
     assert missing <= WRITTEN_BY_A_RUN | NOT_IN_THE_REPOSITORY
     layout = [line.split()[0] for line in blocks(text, "text")[-1].splitlines()]
-    assert len(layout) == 18 and all((ROOT / path).exists() for path in layout)
+    assert len(layout) == 24 and all((ROOT / path).exists() for path in layout)
     chat = {word for word in named if re.fullmatch(r"/[a-z]+", word)}
     assert chat == set(CHAT_COMMANDS)
 

@@ -336,12 +336,12 @@ def test_a_resumed_run_trains_the_same_adapters_on_the_same_rows(train, tmp_path
 def test_a_loss_that_is_not_finite_stops_with_the_records_named(train, tmp_path):
     broken = tmp_path / "broken"
     torch.manual_seed(0)
-    model = BaichuanForCausalLM(tiny_config("baichuan2-7b"))
+    model = BaichuanForCausalLM(tiny_config("baichuan2-7b", max_position_embeddings=512))
     with torch.no_grad():
         model.model.norm.weight.fill_(float("nan"))
     model.save_pretrained(broken)
     load_tokenizer(SMALL_VOCABULARY).save_pretrained(broken)
-    with pytest.raises(NumericalFault, match=r"step 1, rank 0: the loss is nan; records .* 0, 1, 2, 3\."):
+    with pytest.raises(NumericalFault, match=r"step 1, rank 0: the loss is nan; records .* 0, 1, 2, 3; w"):
         train(model_name_or_path=broken, train_sampling_strategy="sequential", packing=False)
 
 
@@ -364,8 +364,7 @@ def test_a_model_is_not_written_beside_an_adapter(tmp_path):
 
 
 def test_a_gradient_norm_that_is_not_finite_stops(train, monkeypatch):
-    monkeypatch.setattr(SftTrainer, "_clip_grad_norm", lambda self, model: torch.tensor(math.inf))
-    monkeypatch.setattr(SftTrainer, "_get_grad_norm", lambda self, model, grad_norm=None: grad_norm)
+    monkeypatch.setattr(torch.nn.utils, "get_total_norm", lambda grads: torch.tensor(math.inf))
     with pytest.raises(NumericalFault, match="step 1, rank 0: the gradient norm is inf"):
         train()
 
@@ -392,91 +391,6 @@ OUT = Path(tempfile.gettempdir()) / "baichuan-sft-refused"
 REQUIRED = flags(model_name_or_path=ROOT / "tests/golden/baichuan-7b/a", data_path=DATA, output_dir=OUT)
 
 
-@pytest.mark.parametrize(
-    "words, message",
-    [
-        ("--learning_rat 1e-5", "unknown flag --learning_rat, did you mean '--learning_rate'"),
-        ("--seed 1 --seed 2", "--seed is given twice, with '1' and '2'"),
-        ("--learning_rate nan", "--learning_rate is nan; it must be a finite number > 0"),
-        ("--per_device_train_batch_size 0", "--per_device_train_batch_size is 0; it must be .* >= 1"),
-        ("--num_train_epochs -3", "--num_train_epochs is -3"),
-        ("--max_steps -5", "--max_steps is -5"),
-        ("--model_max_length 0", "--model_max_length is 0"),
-        ("--use_lora True --lora_dropout 1.5", "--lora_dropout is 1.5"),
-        ("--lora_rank 8", "--lora_rank is given without --use_lora True"),
-        ("--use_dora True", "--use_dora is given without --use_lora True"),
-        ("--lora_preset vendor", "--lora_preset is given without --use_lora True"),
-        ("--eval_strategy epoch", "--eval_strategy epoch needs --dev_ratio or --eval_data_path"),
-        ("--eval_on_start True", "--eval_on_start True needs --dev_ratio or --eval_data_path"),
-        ("--per_device_eval_batch_size 2", "--per_device_eval_batch_size 2 needs --dev_ratio"),
-        ("--dev_ratio 0.1 --eval_steps 5", "--eval_steps 5 needs --eval_strategy steps"),
-        ("--dev_ratio 0.1 --eval_strategy no", "the held-out data would never be used"),
-        ("--dev_ratio 1", "--dev_ratio is 1; it must be a finite number >= 0 and < 1"),
-        ("--dev_ratio 0.1 --eval_data_path README.md", "--dev_ratio and --eval_data_path are both given"),
-        ("--eval_data_path no.json", "--eval_data_path no.json: no such file"),
-        ("--load_best_model_at_end True", "the last weights are the result"),
-        ("--packing_tokens 511", "--packing_tokens is 511; it must be >= --model_max_length, 512"),
-        ("--packing False --packing_tokens 512", "--packing_tokens is given with --packing False"),
-        ("--dataloader_drop_last True", "an epoch's last update takes what is left"),
-        ("--train_sampling_strategy batch_rebalance", "invalid choice: 'batch_rebalance'"),
-        ("--label_smoothing_factor 0.1", "the head computes the loss itself"),
-        ("--save_total_limit 0", "--save_total_limit is 0"),
-        ("--freeze x --use_lora True", "LoRA freezes all weights"),
-        ("--bf16 True --fp16 True", "--bf16 and --fp16 are both True"),
-        ("--deepspeed no.json", "--deepspeed no.json: no such file"),
-        ("--config no.yaml", "--config no.yaml: no such file"),
-        ("--resume_from_checkpoint True", "no checkpoint-\\* in .*refused"),
-        ("--train_on first", "invalid choice: 'first'"),
-    ],
-)
-def test_refused_before_anything_is_loaded(words, message):
-    with pytest.raises(UserError, match=message):
-        parse([*REQUIRED, *words.split()])
-
-
-def test_an_output_directory_is_needed():
-    with pytest.raises(UserError, match="--output_dir is missing"):
-        parse(REQUIRED[:4])
-
-
-def test_missing_paths_name_where_was_looked():
-    with pytest.raises(UserError, match=r"--data_path no\.json: no such file in .*\w"):
-        parse(flags(model_name_or_path="tests", data_path="no.json", output_dir="out"))
-    with pytest.raises(UserError, match="--model_name_or_path org/name: no such directory"):
-        parse(flags(model_name_or_path="org/name", data_path=DATA, output_dir="out"))
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the machine has a GPU")
-def test_what_a_cpu_cannot_honour_is_said_or_refused():
-    settings = parse([*REQUIRED, *"--tf32 True --warmup_ratio 0.1 --logging_dir x".split()])
-    assert settings.training["tf32"] is None
-    assert settings.training["warmup_steps"] == 0.1
-    assert [notice.split(" ")[0] for notice in settings.notices] == [
-        "--warmup_ratio",
-        "--logging_dir",
-        "--tf32",
-        "learning_rate",
-    ]
-    with pytest.raises(UserError, match="CPU trains in bfloat16 or fp32 only") as refused:
-        parse([*REQUIRED, "--fp16", "True"])
-    assert refused.value.exit_code == 3
-
-
-def test_precision_follows_the_gpu_unless_given(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
-    settings = parse(REQUIRED)
-    assert settings.training["bf16"] is True and any("bf16 True" in line for line in settings.notices)
-    assert parse([*REQUIRED, "--bf16", "False"]).training["bf16"] is False
-    assert parse([*REQUIRED, "--fp16", "True"]).training["bf16"] is False
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 0))
-    assert parse(REQUIRED).training["bf16"] is False
-    with pytest.raises(UserError, match=r"a GPU \(7\.0\) has no bfloat16") as refused:
-        parse([*REQUIRED, "--bf16", "True"])
-    assert refused.value.exit_code == 3
-
-
 def test_one_process_uses_one_of_many_gpus_and_says_so():
     settings = parse([*REQUIRED, "--use_cpu", "True"])
     args = training_arguments(settings)
@@ -484,16 +398,6 @@ def test_one_process_uses_one_of_many_gpus_and_says_so():
     notices = []
     assert use_one_device(args, notices).n_gpu == 1
     assert "1 of 4 GPUs is used" in notices[0]
-
-
-@pytest.mark.parametrize(
-    "text", ["a: [1", "- 1", "learning_rat: 1", "lora_rank: {a: 1}", "seed: 1\nseed: 2", "config: x.yaml"]
-)
-def test_bad_config_files_are_named(tmp_path, text):
-    path = tmp_path / "run.yaml"
-    path.write_text(text)
-    with pytest.raises(UserError, match=r"run\.yaml"):
-        parse([*REQUIRED, "--config", str(path)])
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from baichuan_sft.cli import dispatch, run
 from baichuan_sft.data.findings import DataFault
 from baichuan_sft.errors import UserError
 from baichuan_sft.train import inputs
-from baichuan_sft.train.inputs import Inputs, require_same_data
+from baichuan_sft.train.inputs import Inputs, require_same_data, restore_stream
 from baichuan_sft.train.parse import parse
 from baichuan_sft.train.sft import main
 
@@ -26,7 +26,7 @@ DATA = ROOT / "data"
 def nano(tmp_path_factory):
     directory = tmp_path_factory.mktemp("nano")
     torch.manual_seed(0)
-    BaichuanForCausalLM(tiny_config("baichuan2-7b")).save_pretrained(directory)
+    BaichuanForCausalLM(tiny_config("baichuan2-7b", max_position_embeddings=512)).save_pretrained(directory)
     load_tokenizer(SMALL_VOCABULARY).save_pretrained(directory)
     return directory
 
@@ -204,12 +204,10 @@ def test_a_stream_does_not_resume_with_other_processes(train, tmp_path, monkeypa
     options = dict(streaming=True, save_strategy="steps", save_steps=1)
     train(**options)
     checkpoint = tmp_path / "out" / "checkpoint-1"
-    monkeypatch.setenv("RANK", "1")
     with pytest.raises(UserError, match=r"stream_rank_1\.json: not there .* as many processes as saved it"):
-        train(**options, resume_from_checkpoint=checkpoint)
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="the stream was saved with world_size 1, now 2"):
+        restore_stream(None, checkpoint, 1)
+    monkeypatch.setattr("baichuan_sft.train.resume.place", lambda: (0, 2))
+    with pytest.raises(UserError, match=r"saved by 1 ranks.*--num_gpus 1 .*not with 2"):
         train(**options, resume_from_checkpoint=checkpoint)
 
 

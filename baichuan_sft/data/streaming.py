@@ -87,9 +87,10 @@ class StreamingRows(IterableDataset):
         self.start: dict[str, Any] = {"draws": 0, "windows": 0, "items": [0] * len(sources), "leftover": []}
         self.emitted = 0
         if state is not None:
-            self._restore(state)
+            self.restore(state)
 
-    def _restore(self, state: dict[str, Any]) -> None:
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on where ``state_dict`` was taken."""
         for name, value in self.settings.items():
             if state["settings"][name] != value:
                 was = state["settings"][name]

@@ -23,11 +23,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from baichuan_sft.errors import EnvironmentFault
 from baichuan_sft.model.modeling_baichuan import BaichuanModel
-from baichuan_sft.plan import GIB, LEVELS, Step, estimate, gib
+from baichuan_sft.plan import GIB, LEVELS, Step, estimate, gib, reserve
 from baichuan_sft.quantization import num_elements, weight_bytes
 from baichuan_sft.train.adapters import count_parameters
-from baichuan_sft.train.checks import deepspeed_config
 from baichuan_sft.train.progress import say
+from baichuan_sft.train.zero import deepspeed_config
 
 # --- a level on a model -----------------------------------------------------------------------------
 
@@ -119,18 +119,14 @@ def step_of(model: Any, settings: Any, args: Any) -> Step:
     )
 
 
-def reserve(total: float) -> float:
-    """What is left alone of a device's memory: fragments, libraries' workspaces, communication buffers."""
-    return GIB + 0.05 * total
-
-
 def free_bytes(device: torch.device, weight_bytes: float) -> float:
     """What this process may take in all, weights that it has loaded already included."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - reserve(total)
     in_all, available = host_memory()
-    share = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    # accelerate writes LOCAL_WORLD_SIZE 1 on a CPU under DeepSpeed's launcher
+    share = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1")))
     return (available - reserve(in_all)) / share + weight_bytes
 
 

@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import argparse
-import json
+import os
 from pathlib import Path
 from typing import Any
 
-from baichuan_sft.errors import UserError
+import torch
+from transformers import SchedulerType
+from transformers.training_args import OptimizerNames
+
+from baichuan_sft.errors import EnvironmentFault, UserError, pick
 from baichuan_sft.quantization import require_bitsandbytes
 from baichuan_sft.train import args as tables
+from baichuan_sft.train import flags
+from baichuan_sft.train.zero import deepspeed_config
 
 
 def check_values(values: dict[str, Any], parser: argparse.ArgumentParser) -> None:
-    for name, (holds, rule) in tables.LIMITS.items():
+    for name, (holds, rule) in flags.LIMITS.items():
         value = values.get(name)
         if value is not None and not holds(value):
             raise UserError(f"--{name} is {value:g}; it must be {rule}.")
+    for name, kind in (("lr_scheduler_type", SchedulerType), ("optim", OptimizerNames)):
+        word = getattr(values[name], "value", values[name])
+        pick(f"--{name}", word, {choice.value: choice for choice in kind})
+    _check_course(values)
     if values["max_steps"] < -1 or values["max_steps"] == 0:
         raise UserError(f"--max_steps is {values['max_steps']}; it must be >= 1, or -1 for num_train_epochs.")
-    for why, names in tables.REFUSED.items():
+    for why, names in flags.REFUSED.items():
         for name in names.split():
             if name in values and values[name] != parser.get_default(name):
                 raise UserError(f"--{name} {values[name]} is not possible: {why}; leave the flag out.")
@@ -42,33 +52,106 @@ def check_values(values: dict[str, Any], parser: argparse.ArgumentParser) -> Non
         )
 
 
-def deepspeed_config(path: str) -> dict[str, Any]:
-    """
-    Raises:
-        UserError: not JSON, or not an object.
-    """
-    try:
-        config = json.loads(Path(path).read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}:{error.colno}: not JSON: {error.msg}.") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: expected an object, got {type(config).__name__}.")
-    return config
-
-
-def zero_stage(path: str | None) -> int:
-    """ZeRO stage of a DeepSpeed configuration file; 0 without one.
-
-    Raises:
-        UserError: not JSON, or a stage 3 whose save would hold no weights.
-    """
-    zero = {} if path is None else deepspeed_config(path).get("zero_optimization", {})
-    if zero.get("stage") == 3 and not zero.get("stage3_gather_16bit_weights_on_model_save"):
+def _check_course(values: dict[str, Any]) -> None:
+    """The learning rate, and how it gets there."""
+    rate, highest = values["learning_rate"], values["max_learning_rate"]
+    if rate is not None and rate > highest:
         raise UserError(
-            f"{path}: ZeRO stage 3 saves no whole weights without "
-            '"stage3_gather_16bit_weights_on_model_save": true; add it to zero_optimization.'
+            f"--learning_rate is {rate:g}, far above what trains ({highest:g}); "
+            f"if it is meant, pass --max_learning_rate {rate:g} too."
         )
-    return zero.get("stage", 0)
+    warmup, updates = values["warmup_steps"], values["max_steps"]
+    if values["lr_scheduler_type"] == "constant" and warmup:
+        raise UserError(
+            f"--warmup_steps {warmup:g} would do nothing with --lr_scheduler_type constant; "
+            "constant_with_warmup warms up."
+        )
+    if updates > 0:
+        require_warmup_ends(warmup, updates)
+
+
+def require_warmup_ends(warmup: float, updates: int) -> None:
+    """Raise UserError where the warm-up takes the whole run; before the model is loaded."""
+    if warmup >= max(1, updates):
+        raise UserError(
+            f"--warmup_steps {warmup:g} >= {updates}, all updates of this run: the learning rate would never "
+            "reach its value; a number below 1 is a share of them."
+        )
+
+
+def check_length(config: Any, longest: int) -> str | None:
+    """What there is to say of conversations longer than the model was trained on.
+
+    ALiBi goes on as it began; a RoPE model has never seen an angle beyond its last position.
+
+    Raises:
+        UserError: beyond the positions of a RoPE model.
+    """
+    is_rope = config.position_embedding == "rope"
+    trained = config.max_position_embeddings if is_rope else config.model_max_length
+    if longest <= trained:
+        return None
+    beyond = f"--model_max_length {longest} is beyond the {trained} tokens that this model was trained on"
+    if is_rope:
+        raise UserError(
+            f"{beyond}, and RoPE does not go on from there; raise max_position_embeddings in its config.json "
+            "if more are to be learnt."
+        )
+    return f"warning: {beyond}; ALiBi goes on from there, untrained"
+
+
+# --- the machine ------------------------------------------------------------------------------------
+
+
+def check_environment() -> None:
+    """What a launcher sets for each process, before anything waits on it.
+
+    Raises:
+        EnvironmentFault: not a number, missing, or impossible.
+    """
+    way = "start through `deepspeed` or `torchrun`, which set it, or unset it"
+    number = {}
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT"):
+        word = os.environ.get(name)
+        if word is not None and not word.isdecimal():
+            raise EnvironmentFault(f"{name} in the environment is {word!r}, no whole number; {way}.")
+        number[name] = None if word is None else int(word)
+    if number["RANK"] is None and number["WORLD_SIZE"] in (None, 1):
+        return
+    missing = [name for name in (*number, "MASTER_ADDR") if name not in os.environ]
+    if missing:
+        there = "RANK" if "RANK" in os.environ else "WORLD_SIZE"
+        raise EnvironmentFault(f"{there} is in the environment, {', '.join(missing)} not; {way}.")
+    if number["RANK"] >= number["WORLD_SIZE"]:  # type: ignore[operator]
+        raise EnvironmentFault(
+            f"RANK {number['RANK']} is not below WORLD_SIZE {number['WORLD_SIZE']}; {way}."
+        )
+
+
+def check_visible_gpus(values: dict[str, Any]) -> None:
+    """Raise EnvironmentFault where GPUs are asked for that are not there: it would train on the CPU."""
+    present, visible = gpus_of_host(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    if values["use_cpu"] or not present:  # launchers set the variable on a host without a GPU too
+        return
+    there = torch.cuda.device_count()
+    if visible is not None and there < max(1, len(visible.split(","))):
+        raise EnvironmentFault(
+            f"CUDA_VISIBLE_DEVICES is {visible!r}, of which {there} are there; the host has {present} GPUs "
+            "(nvidia-smi -L). Name some of them, or train on the CPU with --use_cpu True."
+        )
+    if there <= int(os.environ.get("LOCAL_RANK", "0")):
+        raise EnvironmentFault(
+            f"LOCAL_RANK is {os.environ.get('LOCAL_RANK', '0')}, and torch sees {there} of {present} GPUs; "
+            "start one process per GPU, with a torch that is built for them."
+        )
+
+
+def gpus_of_host() -> int:
+    """NVIDIA GPUs of this host, whatever CUDA_VISIBLE_DEVICES says."""
+    return len(list(Path("/dev").glob("nvidia[0-9]*")))
+
+
+# --- together ---------------------------------------------------------------------------------------
 
 
 def check_bitsandbytes(values: dict[str, Any], parser: argparse.ArgumentParser) -> None:
@@ -95,11 +178,6 @@ def check_bitsandbytes(values: dict[str, Any], parser: argparse.ArgumentParser) 
             f"--quantize {quantize} is not possible with ZeRO-3 ({values['deepspeed']}): bitsandbytes cannot "
             "split quantised weights over processes. Use ZeRO-2, which splits gradients and optimizer and "
             "keeps the small quantised base in each process; or leave --quantize out."
-        )
-    if zero("optimizer") and values["optim"] != parser.get_default("optim"):
-        raise UserError(
-            f'--optim {optim}: {values["deepspeed"]} names an "optimizer" of its own, which would be taken; '
-            "remove it there, or leave the flag out."
         )
     offloaded = zero("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none"
     if offloaded and not optim.startswith(("adamw_torch", "adagrad")):
@@ -135,7 +213,7 @@ def check_data(values: dict[str, Any], parser: argparse.ArgumentParser) -> None:
     if values["train_sampling_strategy"] is None:
         values["train_sampling_strategy"] = "random" if values["packing"] else "group_by_length"
     evaluates = bool(values["dev_ratio"] or values["eval_data_path"])
-    for name in tables.EVAL_FLAGS:
+    for name in flags.EVAL_FLAGS:
         given = values[name] not in (parser.get_default(name), "no")
         if given and not evaluates:
             raise UserError(f"--{name} {values[name]} needs --dev_ratio or --eval_data_path.")

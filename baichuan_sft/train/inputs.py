@@ -13,6 +13,7 @@ import numpy as np
 
 from baichuan_sft.errors import UserError
 from baichuan_sft.train.args import Settings
+from baichuan_sft.train.checks import check_length
 from baichuan_sft.train.progress import say
 
 
@@ -45,6 +46,8 @@ def read_inputs(settings: Settings) -> Inputs:
     base = settings.model.model_name_or_path
     config, tokenizer = load_config(base), load_tokenizer(base)
     check_vocabulary(base, config, tokenizer)
+    if warning := check_length(config, settings.data.model_max_length):
+        say(warning)
     if settings.data.streaming:
         return _stream(settings, tokenizer)
     data = _build(settings, settings.data.data_path, tokenizer, settings.data.dev_ratio)
@@ -99,7 +102,6 @@ def _stream(settings: Settings, tokenizer: Any) -> Inputs:
 
     data = settings.data
     sources = parse_sources(data.data_path, allow_outside=data.allow_outside)
-    checkpoint = settings.training["resume_from_checkpoint"]
     rank = int(os.environ.get("RANK", "0"))
     rows = StreamingRows(
         sources,
@@ -110,7 +112,6 @@ def _stream(settings: Settings, tokenizer: Any) -> Inputs:
         rank=rank,
         world_size=int(os.environ.get("WORLD_SIZE", "1")),
         on_error=data.on_error,
-        state=_stream_state(checkpoint, rank) if checkpoint else None,
         report_dir=_report_dir(settings) / f"stream_rank_{rank}",
     )
     names = [source.path for source in sources]
@@ -129,15 +130,17 @@ def stream_file(checkpoint: str | Path, rank: int) -> Path:
     return Path(checkpoint) / f"stream_rank_{rank}.json"
 
 
-def _stream_state(checkpoint: str, rank: int) -> dict[str, Any]:
+def restore_stream(rows: Any, checkpoint: str | Path, rank: int) -> None:
+    """Let a rank's stream go on where it was when the checkpoint was saved."""
+    file = stream_file(checkpoint, rank)
     try:
-        return json.loads(stream_file(checkpoint, rank).read_text())
+        state = json.loads(file.read_text())
     except (OSError, ValueError):
-        file = stream_file(checkpoint, rank)
         raise UserError(
             f"{file}: not there or damaged, so the place in the data is unknown; a stream resumes with as "
             "many processes as saved it"
         ) from None
+    rows.restore(state)
 
 
 # --- all hosts alike ------------------------------------------------------------------------------

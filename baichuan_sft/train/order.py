@@ -5,17 +5,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 from torch.utils.data import Sampler
 from transformers import TrainerCallback
 
 from baichuan_sft.data.packing import EMPTY_ROW
-from baichuan_sft.data.streaming import StreamingRows
-from baichuan_sft.train.inputs import stream_file
 
 UPDATES_SORTED = 50  # of which group_by_length sorts the rows together
 
@@ -33,6 +29,7 @@ class RowOrder(Sampler[list[int]]):
 
     Args:
         lengths: tokens of each row.
+        rows_per_update: U where the run began on another number of ranks; at most what fits on these.
         strategy: a name in ``STRATEGIES``.
     """
 
@@ -41,6 +38,7 @@ class RowOrder(Sampler[list[int]]):
         lengths: np.ndarray,
         *,
         batch_size: int,
+        rows_per_update: int | None = None,
         accumulation: int = 1,
         world_size: int = 1,
         rank: int = 0,
@@ -49,7 +47,7 @@ class RowOrder(Sampler[list[int]]):
     ) -> None:
         self.lengths = lengths
         self.accumulation, self.world_size, self.rank = accumulation, world_size, rank
-        self.rows_per_update = batch_size * accumulation * world_size
+        self.rows_per_update = rows_per_update or batch_size * accumulation * world_size
         self.arrange = STRATEGIES[strategy]
         self.seed, self.epoch = seed, 0
 
@@ -115,14 +113,3 @@ class SetEpoch(TrainerCallback):
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         self.order.set_epoch(state.global_step // self.order.num_updates)
-
-
-class SaveStream(TrainerCallback):
-    """Keeps in every checkpoint how far each rank has read."""
-
-    def __init__(self, rows: StreamingRows) -> None:
-        self.rows = rows
-
-    def on_save(self, args, state, control, **kwargs):
-        file = stream_file(Path(args.output_dir) / f"checkpoint-{state.global_step}", args.process_index)
-        file.write_text(json.dumps(self.rows.state_dict()))

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import glob
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,23 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
 from baichuan_sft.data.sources import split_share
-from baichuan_sft.errors import EnvironmentFault, UserError, suggest
+from baichuan_sft.errors import EnvironmentFault, UserError
 from baichuan_sft.train import args as tables
+from baichuan_sft.train import flags
 from baichuan_sft.train.args import Settings
-from baichuan_sft.train.checks import check_bitsandbytes, check_data, check_values, is_flat, zero_stage
+from baichuan_sft.train.checks import (
+    check_bitsandbytes,
+    check_data,
+    check_environment,
+    check_values,
+    check_visible_gpus,
+    is_flat,
+)
+from baichuan_sft.train.config_file import ROOT, close_flag, find_file, located, read_config
 from baichuan_sft.train.fused import check_fused, require_fused
-
-ROOT = Path(__file__).parents[
-    2
-]  # the checkout: the vendor's commands name ds_config.json and data/ from there
+from baichuan_sft.train.resume import check_resume
+from baichuan_sft.train.zero import agree, find_recipe, zero_stage
+from baichuan_sft.train.zero_check import check_config
 
 
 class _Parser(HfArgumentParser):
@@ -42,7 +51,8 @@ EXAMPLE = """example:
   deepspeed --num_gpus 8 fine-tune/fine-tune.py --model_name_or_path Baichuan2-7B-Base \\
       --data_path data/belle_chat.json --output_dir out --deepspeed ds_config.json --bf16 True --use_lora True
 
---config FILE reads the same names from YAML or JSON; flags win over it. --help_all lists every flag."""
+--config FILE reads the same names from YAML or JSON; flags win over it. A switch is True or False (or yes,
+no, y, n, t, f, 1, 0); without a value it is True. --help_all lists every flag."""
 
 
 def build_parser(show_all: bool = False) -> argparse.ArgumentParser:
@@ -64,10 +74,20 @@ def build_parser(show_all: bool = False) -> argparse.ArgumentParser:
     for action in parser._actions:
         # transformers adds each flag with hyphens too; `_modernise` reads those, the help need not.
         action.option_strings = [word for word in action.option_strings if "-" not in word[2:]]
-        action.help = tables.HELP.get(action.dest, action.help)
-        if not show_all and action.dest not in ours and action.dest not in tables.COMMON:
+        action.type = switch if action.type is string_to_bool else action.type
+        action.help = flags.HELP.get(action.dest, action.help)
+        if not show_all and action.dest not in ours and action.dest not in flags.COMMON:
             action.help = argparse.SUPPRESS
     return parser
+
+
+def switch(word: str) -> bool:
+    """An argparse ``type``."""
+    try:
+        return string_to_bool(word)
+    except argparse.ArgumentTypeError:
+        way = "is neither True nor False (nor yes, no, y, n, t, f, 1, 0)"
+        raise argparse.ArgumentTypeError(f"{word!r} {way}") from None
 
 
 def parse(argv: list[str]) -> Settings:
@@ -78,17 +98,42 @@ def parse(argv: list[str]) -> Settings:
         EnvironmentFault: a precision that this machine does not have.
     """
     notices: list[str] = []
+    check_environment()
     parser = build_parser(show_all="--help_all" in argv)
     known = {option for action in parser._actions for option in action.option_strings}
     argv = _modernise(argv, notices)
     _refuse_unknown_or_repeated(argv, known)
     config = dict(zip(argv, argv[1:])).get("--config")
+    places: dict[str, str] = {}
     if config is not None:
-        lines = _modernise(_read_config(config, known), notices)
+        lines, places = read_config(config, known)
+        lines = _modernise(lines, notices)
         _refuse_unknown_or_repeated(lines, known)
-        given = {word.split("=")[0] for word in argv if word.startswith("--")}
+        given = {word for word in argv if word.startswith("--")}
+        places = {flag: place for flag, place in places.items() if flag not in given}
         argv = [word for pair in zip(lines[::2], lines[1::2]) if pair[0] not in given for word in pair] + argv
-    values = vars(parser.parse_args(argv))
+    try:
+        values = vars(parser.parse_args(argv))
+        if values["deepspeed"]:
+            values["deepspeed"] = find_recipe(values["deepspeed"])
+            check_config(values["deepspeed"])
+            agree(values, {word[2:] for word in argv if word.startswith("--")}, places, notices)
+        flat = _settle(values, parser, notices)
+    except UserError as error:
+        located(error, places)
+    sections = [{f.name: values[f.name] for f in dataclasses.fields(s) if f.init} for s in tables.SECTIONS]
+    return Settings(
+        tables.ModelArguments(**sections[0]),
+        tables.DataArguments(**sections[1]),
+        tables.LoraArguments(**sections[2]),
+        sections[3],
+        notices,
+        flat,
+    )
+
+
+def _settle(values: dict[str, Any], parser: argparse.ArgumentParser, notices: list[str]) -> bool:
+    """Refuse what cannot be, fill in what follows; whether a packed micro-batch is one row."""
     check_values(values, parser)
     flat = is_flat(values)
     check_data(values, parser)
@@ -102,15 +147,7 @@ def parse(argv: list[str]) -> Settings:
         )
     _fit_to_machine(values, notices)
     _fill_defaults(values, notices)
-    sections = [{f.name: values[f.name] for f in dataclasses.fields(s) if f.init} for s in tables.SECTIONS]
-    return Settings(
-        tables.ModelArguments(**sections[0]),
-        tables.DataArguments(**sections[1]),
-        tables.LoraArguments(**sections[2]),
-        sections[3],
-        notices,
-        flat,
-    )
+    return flat
 
 
 def _modernise(argv: list[str], notices: list[str]) -> list[str]:
@@ -125,15 +162,15 @@ def _modernise(argv: list[str], notices: list[str]) -> list[str]:
     while i < len(words):
         name = words[i].removeprefix("--").replace("-", "_") if words[i].startswith("--") else ""
         has_value = i + 1 < len(words) and not words[i + 1].startswith("--")
-        if name in tables.GONE:
-            notices.append(f"--{name} has no effect any more: {tables.GONE[name]}")
+        if name in flags.GONE:
+            notices.append(f"--{name} has no effect any more: {flags.GONE[name]}")
             i += 2 if has_value else 1
-        elif name in tables.RENAMED:
-            notices.append(f"--{name} is called --{tables.RENAMED[name]} today")
-            result.append(f"--{tables.RENAMED[name]}")
+        elif name in flags.RENAMED:
+            notices.append(f"--{name} is called --{flags.RENAMED[name]} today")
+            result.append(f"--{flags.RENAMED[name]}")
             i += 1
-        elif name in tables.SWITCHES:
-            today, on, off = tables.SWITCHES[name]
+        elif name in flags.SWITCHES:
+            today, on, off = flags.SWITCHES[name]
             value = on if _is_true(name, words[i + 1] if has_value else "true") else off
             notices.append(f"--{name} is called --{today} {value} today")
             switched.append((f"--{today}", value))
@@ -147,9 +184,9 @@ def _modernise(argv: list[str], notices: list[str]) -> list[str]:
 
 def _is_true(name: str, word: str) -> bool:
     try:
-        return string_to_bool(word)
-    except argparse.ArgumentTypeError:
-        raise UserError(f"--{name} is {word!r}; it must be True or False.") from None
+        return switch(word)
+    except argparse.ArgumentTypeError as error:
+        raise UserError(f"--{name}: {error}.") from None
 
 
 def _refuse_unknown_or_repeated(argv: list[str], known: set[str]) -> None:
@@ -158,69 +195,11 @@ def _refuse_unknown_or_repeated(argv: list[str], known: set[str]) -> None:
         if not word.startswith("--"):
             continue
         if word not in known:
-            raise UserError(f"unknown flag {word}{_suggest(word[2:], known)} see --help.")
+            raise UserError(f"unknown flag {word}{close_flag(word[2:], known)} see --help.")
         value = argv[i + 1] if i + 1 < len(argv) else ""
         if word in seen and word != "--local_rank":
             raise UserError(f"{word} is given twice, with {seen[word]!r} and {value!r}; keep one.")
         seen[word] = value
-
-
-def _suggest(name: str, known: set[str]) -> str:
-    if name in tables.ELSEWHERE:
-        return f"; here it is {tables.ELSEWHERE[name]},"
-    return suggest(f"--{name}", sorted(known)) or ","
-
-
-def _read_config(path: str, known: set[str]) -> list[str]:
-    """The file's entries as ``--key value`` words."""
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        def construct_mapping(self, node, deep=False):
-            keys = [self.construct_object(key) for key, _ in node.value]
-            for key in keys:
-                if keys.count(key) > 1:
-                    raise UserError(f"{path}: {key} is given {keys.count(key)} times; keep one.")
-            return super().construct_mapping(node, deep)
-
-    if not os.path.isfile(path):
-        raise UserError(f"--config {path}: no such file.")
-    try:
-        entries = yaml.load(Path(path).read_text(encoding="utf-8"), Loader)  # JSON is YAML
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 at byte {error.start}.") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else path
-        raise UserError(f"{where}: not YAML: {getattr(error, 'problem', error)}.") from None
-    if not isinstance(entries, dict):
-        raise UserError(f"{path}: expected flags as keys, got {type(entries).__name__}.")
-    words: list[str] = []
-    for key, value in entries.items():
-        if key == "config":
-            raise UserError(f"{path}: a config file cannot name another one.")
-        if f"--{key}" not in known and key not in {*tables.RENAMED, *tables.GONE, *tables.SWITCHES}:
-            raise UserError(f"{path}: unknown key {key!r}{_suggest(str(key), known)} see --help.")
-        if isinstance(value, dict | list):
-            raise UserError(
-                f"{path}: {key} is a {type(value).__name__}; expected one value, as on the command line."
-            )
-        if value is not None:
-            words += [f"--{key}", str(value)]
-    return words
-
-
-def find_file(flag: str, path: str) -> str:
-    """``path`` as it stands in the working directory, or else in the checkout's root.
-
-    Raises:
-        UserError: in neither.
-    """
-    for candidate in (Path(path), ROOT / path):
-        if candidate.exists():
-            return str(candidate.resolve())
-    places = dict.fromkeys([os.getcwd(), str(ROOT)])
-    raise UserError(f"--{flag} {path}: no such file in {' or '.join(places)}.")
 
 
 def _find_source(flag: str, word: str) -> str:
@@ -239,12 +218,15 @@ def _resolve_paths(values: dict[str, Any]) -> None:
         if values[flag] is not None:
             words = [word.strip() for word in values[flag].split(",")]
             values[flag] = ",".join(_find_source(flag, word) for word in words)
-    if values["deepspeed"]:
-        values["deepspeed"] = find_file("deepspeed", values["deepspeed"])
+    out = values["output_dir"]
     try:
-        os.makedirs(values["output_dir"], exist_ok=True)
+        os.makedirs(out, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except FileExistsError:
+        raise UserError(f"--output_dir {out} is a file; name a directory.") from None
     except OSError as error:
-        raise UserError(f"--output_dir {values['output_dir']}: {error.strerror}.") from None
+        raise UserError(f"--output_dir {out}: nothing can be written there: {error.strerror}.") from None
     model = values["model_name_or_path"]
     if not os.path.isdir(model) and not (ROOT / model).is_dir():
         raise UserError(
@@ -260,6 +242,7 @@ def _fit_to_machine(values: dict[str, Any], notices: list[str]) -> None:
 
     on_gpu = torch.cuda.is_available() and not values["use_cpu"]
     device_index = int(os.environ.get("LOCAL_RANK", "0"))
+    check_visible_gpus(values)
     capability = torch.cuda.get_device_capability(device_index) if on_gpu else (0, 0)
     device = f"{torch.cuda.get_device_name()} ({capability[0]}.{capability[1]})" if on_gpu else "the CPU"
     if values["tf32"] and capability < (8, 0):
@@ -295,23 +278,6 @@ def _fill_defaults(values: dict[str, Any], notices: list[str]) -> None:
         ("lora_rank", "lora_alpha", "lora_dropout"), tables.LORA_PRESETS[values["lora_preset"]]
     ):
         values[name] = value if values[name] is None else values[name]
-    resume = values["resume_from_checkpoint"]
-    if resume is not None and resume.lower() in ("true", "false"):
-        values["resume_from_checkpoint"] = (
-            _newest_checkpoint(values["output_dir"]) if resume.lower() == "true" else None
-        )
-    elif resume is not None and not os.path.isdir(resume):
-        raise UserError(
-            f"--resume_from_checkpoint {resume}: no such directory; True takes the newest in output_dir."
-        )
-
-
-def _newest_checkpoint(output_dir: str) -> str:
-    from transformers.trainer_utils import get_last_checkpoint
-
-    found = get_last_checkpoint(output_dir) if os.path.isdir(output_dir) else None
-    if found is None:
-        raise UserError(
-            f"--resume_from_checkpoint True: no checkpoint-* in {output_dir}; leave the flag out to begin."
-        )
-    return found
+    if values["max_grad_norm"] == 0:
+        notices.append("max_grad_norm 0: gradients are not clipped")
+    check_resume(values)

@@ -13,6 +13,8 @@ from typing import Any
 from transformers import TrainerCallback
 
 from baichuan_sft import __version__
+from baichuan_sft.train.progress import say
+from baichuan_sft.train.space import disk_reason
 
 PACKAGES = (
     "torch",
@@ -26,11 +28,31 @@ PACKAGES = (
 )
 
 
+BLOCKS, BLOCK = 33, 1 << 16  # of a file of weights, bytes
+
+
 def sha256(path: str | Path) -> str:
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
+    return digest.hexdigest()
+
+
+def model_digest(path: str | Path) -> str:
+    """Of a model's directory: its config, and of each file of weights the name, the size and some blocks.
+
+    Another model differs in most of them; all of 26 GB would be read for minutes at every start.
+    """
+    digest = hashlib.sha256()
+    names = ("config.json", "*.safetensors", "*.bin")
+    for file in sorted(found for name in names for found in Path(path).glob(name)):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}\n".encode())
+        with open(file, "rb") as content:
+            for number in range(BLOCKS):
+                content.seek(max(0, size * number // (BLOCKS - 1) - BLOCK))
+                digest.update(content.read(BLOCK))
     return digest.hexdigest()
 
 
@@ -63,6 +85,7 @@ class RunRecord(TrainerCallback):
 
     def __init__(self, output_dir: str | Path, facts: dict[str, Any]) -> None:
         self.output_dir = Path(output_dir)
+        self.log_failed = False
         self.facts = {**facts, "versions": versions(), "git_commit": git_commit()}
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -70,9 +93,16 @@ class RunRecord(TrainerCallback):
             (self.output_dir / "trainer_log.jsonl").unlink(missing_ok=True)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if state.is_world_process_zero:
-            with open(self.output_dir / "trainer_log.jsonl", "a", encoding="utf-8") as file:
+        if not state.is_world_process_zero:
+            return
+        path = self.output_dir / "trainer_log.jsonl"
+        try:
+            with open(path, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": state.global_step, **(logs or {})}) + "\n")
+        except OSError as error:
+            if not self.log_failed:  # a run need not end for its log; its saves say more
+                say(f"{path}: not written ({disk_reason(error) or error.strerror}), training goes on")
+            self.log_failed = True
 
     def write(self, directory: str | Path) -> None:
         text = json.dumps(self.facts, indent=1, ensure_ascii=False, default=str)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 import sys
@@ -11,12 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from baichuan_sft.errors import UserError
+from baichuan_sft.train import status
 from baichuan_sft.train.args import Settings, SftTrainingArguments
+from baichuan_sft.train.checks import require_warmup_ends
 from baichuan_sft.train.fused import FLAGS as FUSED
-from baichuan_sft.train.inputs import Inputs, read_inputs, require_same_data
+from baichuan_sft.train.inputs import Inputs, read_inputs, require_same_data, restore_stream
+from baichuan_sft.train.lock import locked
 from baichuan_sft.train.parse import parse
-from baichuan_sft.train.processes import processes
+from baichuan_sft.train.processes import joined, processes
 from baichuan_sft.train.progress import say
+from baichuan_sft.train.signals import handled
+from baichuan_sft.train.zero import completed, resolve
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -25,11 +29,19 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         exit code 0; everything else is raised.
     """
-    settings = parse(sys.argv[1:] if argv is None else argv)
-    # Before the group exists: no rank waits in it while another tokenises for an hour.
-    inputs = read_inputs(settings)
-    with processes(settings):
-        train(settings, inputs)
+    with handled():
+        status.update(phase="start")
+        settings = parse(sys.argv[1:] if argv is None else argv)
+        lock = locked(settings.training["output_dir"], settings.training["save_on_each_node"])
+        with joined(settings) as store, lock:
+            status.update(phase="data")
+            # Before the group exists: no rank waits in it while another tokenises for an hour.
+            inputs = read_inputs(settings)
+            status.update(phase="rendezvous")
+            with processes(settings, store):
+                status.update(phase="model")
+                train(settings, inputs)
+        status.update(phase="done")
     return 0
 
 
@@ -37,23 +49,43 @@ def train(settings: Settings, inputs: Inputs) -> None:
     """One run, from files to files; every rank calls it."""
     from transformers import set_seed
 
-    from baichuan_sft.train.rows import lay_out, require_same_rows
+    from baichuan_sft.checkpoint import load_config
+    from baichuan_sft.train import resume, universal
+    from baichuan_sft.train.rows import lay_out, rows_per_update
+    from baichuan_sft.train.same_run import require_same_run
     from baichuan_sft.train.trainer import FactsCollator, SftTrainer
 
     quieten_bars()
+    resumed, asked = resume.choose(settings), settings.training["gradient_accumulation_steps"]
+    if resumed is not None:
+        settings = resume.keep_rows(settings, resumed)
     args = training_arguments(settings)
+    resolve(settings.training["deepspeed"], args, load_config(settings.model.model_name_or_path))
     for notice in settings.notices:
         say(notice)
     set_seed(args.seed)
     require_same_data(inputs)
     held_out = inputs.held_out
-    record = run_record(settings, args, inputs)
-    require_same_rows(settings.training["resume_from_checkpoint"], record.facts)
+    per_update = resumed.rows_per_update if resumed else rows_per_update(args, settings.row_shape()[1])
+    record = run_record(settings, args, inputs, rows_per_update=per_update, accumulation_asked=asked)
+    rows = lay_out(settings, inputs.train, per_update)
+    total = updates_in_all(args, rows, per_update)
+    require_warmup_ends(args.warmup_steps, total)
+    checkpoint = None
+    if resumed is not None:
+        require_same_run(resumed.path, resumed.facts, record.facts, args.allow_change)
+        if not resume.something_left(resumed, settings, total):
+            return
+        checkpoint = universal.checkpoint_for(resumed, args)
+        if settings.data.streaming:
+            restore_stream(rows, resumed.path, args.process_index)
+    elif args.overwrite_output_dir and args.should_save:
+        resume.begin_anew(settings.training["output_dir"])
     trainer = SftTrainer(
         model=build_model(settings, args),
         args=args,
-        train_dataset=lay_out(settings, args, inputs.train),
-        eval_dataset=None if held_out is None else lay_out(settings, args, held_out, evaluate=True),
+        train_dataset=rows,
+        eval_dataset=None if held_out is None else lay_out(settings, held_out, per_update, evaluate=True),
         data_collator=FactsCollator(inputs.tokenizer.pad_token_id, **batch_shape(settings, args)),
         eval_collator=FactsCollator(
             inputs.tokenizer.pad_token_id, **batch_shape(settings, args, evaluate=True)
@@ -63,34 +95,31 @@ def train(settings: Settings, inputs: Inputs) -> None:
         check_reload=settings.model.check_reload,
         sources=inputs.sources,
         rows_per_batch=(settings.row_shape()[1], settings.row_shape(evaluate=True)[1]),
+        rows_per_update=per_update,
     )
-    fit(trainer, settings)
+    fit(trainer, settings, checkpoint)
+    status.update(phase="save")
     trainer.save_model()
+    trainer.say_skipped()
     conclude(trainer, settings)
 
 
-def fit(trainer: Any, settings: Settings) -> None:
+def fit(trainer: Any, settings: Settings, checkpoint: Path | None) -> None:
     """Train; what DeepSpeed's file and the flags say differently becomes one line."""
-    checkpoint = settings.training["resume_from_checkpoint"]
-    if checkpoint is not None:
-        require_something_left(checkpoint, trainer)
+    trainer.prepare_saving()
     try:
-        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except ValueError as error:
         if "DeepSpeed config values" not in str(error):
             raise
         raise UserError(f"{settings.training['deepspeed']}: {' '.join(str(error).split())}") from None
 
 
-def require_something_left(checkpoint: str, trainer: Any) -> None:
-    """Raise UserError where a checkpoint has all updates behind it: transformers would take one more."""
-    state, args = Path(checkpoint, "trainer_state.json"), trainer.args
-    done = json.loads(state.read_text())["global_step"] if state.exists() else 0
-    total = args.max_steps
-    if total < 0:
-        total = math.ceil(args.num_train_epochs * trainer.order.num_updates)
-    if done >= total:
-        raise UserError(f"{checkpoint}: already at update {done} of {total}, nothing is left to train.")
+def updates_in_all(args: Any, rows: Any, per_update: int) -> int:
+    """Updates of the whole run."""
+    if args.max_steps > 0:
+        return args.max_steps
+    return math.ceil(args.num_train_epochs * -(-len(rows) // per_update))
 
 
 def conclude(trainer: Any, settings: Settings) -> None:
@@ -135,6 +164,8 @@ def training_arguments(settings: Settings) -> SftTrainingArguments:
         UserError: values that transformers or DeepSpeed do not take together.
     """
     values = dict(settings.training, remove_unused_columns=False) | FUSED
+    if values["deepspeed"]:
+        values["deepspeed"] = completed(values["deepspeed"])
     values["ignore_data_skip"] = settings.data.streaming  # a stream goes on where it was
     if values["ddp_find_unused_parameters"] is None:
         values["ddp_find_unused_parameters"] = False  # there are none, and looking for them costs a pass
@@ -212,9 +243,11 @@ def prepare_generation(model: Any) -> None:
 # --- record -----------------------------------------------------------------------------------------
 
 
-def run_record(settings: Settings, args: Any, inputs: Inputs) -> Any:
+def run_record(settings: Settings, args: Any, inputs: Inputs, **more: Any) -> Any:
     """The facts of this run that its result carries."""
-    from baichuan_sft.train.record import RunRecord, sha256
+    from baichuan_sft.checkpoint.files import fingerprint
+    from baichuan_sft.train.record import RunRecord, model_digest, sha256
+    from baichuan_sft.train.universal import zero_facts
 
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     facts = {
@@ -225,6 +258,10 @@ def run_record(settings: Settings, args: Any, inputs: Inputs) -> Any:
         "training": args.to_dict() | {name: settings.training[name] for name in FUSED},
         "world_size": args.world_size,
         "rows_per_batch": settings.row_shape()[1],
+        **more,
+        "zero": zero_facts(args),
+        "base_fingerprint": fingerprint(settings.model.model_name_or_path),
+        "model_sha256": model_digest(settings.model.model_name_or_path),
         "data_sha256": {source["path"]: source.get("sha256") for source in inputs.report["sources"]},
         "tokenizer_sha256": sha256(inputs.tokenizer.vocab_file),
     }

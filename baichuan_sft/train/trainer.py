@@ -14,20 +14,22 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 from transformers import Trainer
-from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from baichuan_sft.data.packing import NO_ITEM, Collator, PackedDataset
 from baichuan_sft.data.streaming import StreamingRows
 from baichuan_sft.data.template import IGNORE
 from baichuan_sft.errors import NumericalFault
-from baichuan_sft.train.numerics import CAUSES, Numerics
-from baichuan_sft.train.order import RowOrder, SaveStream, SetEpoch
+from baichuan_sft.train.numerics import CAUSES, Guard, Numerics
+from baichuan_sft.train.order import RowOrder, SetEpoch
 from baichuan_sft.train.progress import LogLines, ProgressBar
 from baichuan_sft.train.record import RunRecord
 from baichuan_sft.train.saving import Saving
+from baichuan_sft.train.signals import ignore_in_worker
 from baichuan_sft.train.speed import Speed
 from baichuan_sft.train.state import State
+from baichuan_sft.train.stopping import Stopping
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class FactsCollator(Collator):
         return batch
 
 
-class SftTrainer(Numerics, Saving, State, Trainer):
+class SftTrainer(Numerics, Stopping, Saving, State, Trainer):
     """Trainer that names a bad batch, verifies what it saved, and counts tokens.
 
     Args:
@@ -67,6 +69,7 @@ class SftTrainer(Numerics, Saving, State, Trainer):
         check_reload: load the first save again, on the CPU, and compare its logits.
         sources: names of the data files, by number.
         rows_per_batch: rows of a micro-batch in training, and in evaluation.
+        rows_per_update: over all ranks and micro-batches.
     """
 
     def __init__(
@@ -76,6 +79,7 @@ class SftTrainer(Numerics, Saving, State, Trainer):
         check_reload: bool,
         sources: list[str],
         rows_per_batch: tuple[int, int],
+        rows_per_update: int,
         eval_collator: FactsCollator,
         **kwargs: Any,
     ) -> None:
@@ -86,17 +90,15 @@ class SftTrainer(Numerics, Saving, State, Trainer):
         self.check_reload = check_reload
         self.speed = Speed(self.model, self.args)
         dataset = kwargs["train_dataset"]
-        if isinstance(dataset, StreamingRows):
-            self.add_callback(SaveStream(dataset))
-        else:
-            self.order = self._order(dataset, self.rows_per_batch[0])
+        if not isinstance(dataset, StreamingRows):
+            self.order = self._order(dataset, self.rows_per_batch[0], rows_per_update=rows_per_update)
             self.add_callback(SetEpoch(self.order))
         for callback in (ProgressCallback, PrinterCallback):
             self.remove_callback(callback)
         bar = sys.stderr.isatty() and not self.args.disable_tqdm
         self.add_callback(ProgressBar() if bar else LogLines())
         self.add_callback(record)
-        self.add_callback(Stage0Norm(self))
+        self.add_callback(Guard(self))
 
     # --- rows -------------------------------------------------------------------------------------
 
@@ -122,6 +124,7 @@ class SftTrainer(Numerics, Saving, State, Trainer):
             pin_memory=args.dataloader_pin_memory and not args.use_cpu,
             persistent_workers=args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
+            worker_init_fn=ignore_in_worker,
             # Of its own: the workers' seeds would be drawn from the numbers that dropout uses.
             generator=torch.Generator().manual_seed(order.seed),
         )
@@ -170,6 +173,7 @@ class SftTrainer(Numerics, Saving, State, Trainer):
         config.z_loss_weight = 0.0
         try:
             for batch in dataloader:
+                self.leave_evaluation()
                 facts = batch.pop("facts")
                 with self.compute_loss_context_manager():
                     inputs = self._prepare_inputs(batch)
@@ -190,24 +194,3 @@ class SftTrainer(Numerics, Saving, State, Trainer):
         num_samples = len(dataloader.dataset.segments)
         nothing: Any = None
         return EvalLoopOutput(nothing, nothing, metrics, num_samples)
-
-
-class Stage0Norm(TrainerCallback):
-    """At stage 0 in fp32 DeepSpeed clips by a gradient norm that it tells nobody: keep it where others do."""
-
-    def __init__(self, trainer: SftTrainer) -> None:
-        self.trainer = trainer
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        engine = getattr(self.trainer, "deepspeed", None)
-        if engine is None:
-            return
-        clip = engine.clip_fp32_gradients
-
-        def keep_norm_and_clip():
-            grads = [p.grad for p in engine.module.parameters() if p.grad is not None]
-            norms = [torch.linalg.vector_norm(grad, dtype=torch.float64) for grad in grads]
-            engine._global_grad_norm = torch.linalg.vector_norm(torch.stack(norms))
-            clip()
-
-        engine.clip_fp32_gradients = keep_norm_and_clip

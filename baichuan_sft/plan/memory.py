@@ -1,104 +1,18 @@
-"""What a training step needs: bytes on one device, and floating-point operations per token.
+"""Bytes of one process in a training step: arithmetic on a configuration alone, no torch, no device.
 
-Arithmetic on a configuration alone: no torch, no model, no device. Bytes are those of one process.
 D model width, F MLP width, N heads, H head width, V vocabulary, L layers, R tokens of a micro-batch,
 w bytes of a number that is computed with (2 in half precision, 4 in fp32).
 """
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from typing import Any
 
+from baichuan_sft.plan.flops import linear_shapes, num_parameters
+
 GIB = 2**30
 LEVELS = ("none", "selective", "full")  # of activation checkpointing, the fastest first
-
-# --- the model's shape ------------------------------------------------------------------------------
-
-
-def linear_shapes(config: Any) -> dict[str, tuple[int, int]]:
-    """Inputs and outputs of each linear of a decoder layer."""
-    width, inner = config.hidden_size, config.intermediate_size
-    return {
-        "W_pack": (width, 3 * width),
-        "o_proj": (width, width),
-        "gate_proj": (width, inner),
-        "up_proj": (width, inner),
-        "down_proj": (inner, width),
-    }
-
-
-def layer_parameters(config: Any) -> int:
-    """Of the linears of one layer."""
-    return sum(inputs * outputs for inputs, outputs in linear_shapes(config).values())
-
-
-def num_parameters(config: Any) -> int:
-    """Of the whole model."""
-    norms = (2 * config.num_hidden_layers + 1) * config.hidden_size
-    tables = 2 * config.vocab_size * config.hidden_size  # embeddings and head
-    return config.num_hidden_layers * layer_parameters(config) + tables + norms
-
-
-# --- floating-point operations ----------------------------------------------------------------------
-
-
-def flops_per_token(
-    config: Any, *, lora: bool, span: float, target_share: float = 1.0, adapter_parameters: int = 0
-) -> float:
-    """Model FLOPs of one token, forward and backward; nothing that is computed a second time counts.
-
-    Two per weight and token in each matrix product. Backward costs twice the forward where weights are
-    trained and once where they are frozen; attention always twice, for it has no weights.
-
-    Args:
-        span: tokens of the conversation that the token is in, the mean over tokens: a token sees half.
-        target_share: tokens that enter the head; the loss leaves the others out.
-        adapter_parameters: of all adapters, with ``lora``.
-    """
-    passes = 2 if lora else 3
-    head = target_share * config.vocab_size * config.hidden_size
-    weights = passes * 2 * (config.num_hidden_layers * layer_parameters(config) + head)
-    attention = 3 * 2 * config.num_hidden_layers * config.hidden_size * span
-    return weights + attention + 3 * 2 * adapter_parameters
-
-
-# Dense bf16 TFLOP/s by NVIDIA's data sheets (fp16 on the V100, which has no bf16); all words must be in the
-# device's name, the first line that fits counts. What is not sure is not here: --peak_tflops says it.
-PEAK_TFLOPS = {
-    "H100 PCIe": 756.0,
-    "H100 NVL": 835.0,
-    "H100": 989.5,
-    "H800 PCIe": 756.0,
-    "H800": 989.5,
-    "H200 NVL": 835.0,
-    "H200": 989.5,
-    "GH200": 989.5,
-    "H20": 148.0,
-    "A100": 312.0,
-    "A800": 312.0,
-    "A30": 165.0,
-    "A40": 149.7,
-    "L40S": 362.0,
-    "L40": 181.0,
-    "4090 D": 147.0,
-    "4090": 165.0,
-    "V100 PCIE": 112.0,
-    "V100": 125.0,
-}
-
-
-def peak_tflops(device: str) -> float | None:
-    """What a device can do at most in half precision, TFLOP/s; None where the table does not know it."""
-    words = set(re.split(r"[\s-]+", device.upper()))
-    if words & {"MIG", "LAPTOP"}:  # a part of that device, or a smaller one
-        return None
-    fits = (peak for name, peak in PEAK_TFLOPS.items() if words >= set(name.upper().split()))
-    return next(fits, None)
-
-
-# --- memory -----------------------------------------------------------------------------------------
 
 # Bytes of optimizer state per trained parameter; others are taken for Adam in fp32. 8-bit states have one
 # fp32 scale per 256 numbers.
@@ -136,6 +50,7 @@ class Step:
         rank, dropout: LoRA's.
         on_gpu: a dropout mask is one byte per number there.
         engine, stage, world_size: DeepSpeed's; 0 is no ZeRO.
+        secondary: ranks of a host that share a second copy of the weights (hpZ); 0 is none.
         optimizer: transformers' name of it.
         bucket: numbers that ZeRO reduces at a time.
         offload_states, offload_weights: on the host, by DeepSpeed.
@@ -156,6 +71,7 @@ class Step:
     engine: bool = False
     stage: int = 0
     world_size: int = 1
+    secondary: int = 0
     optimizer: str = "adamw_torch"
     bucket: int = 0
     offload_states: bool = False
@@ -169,6 +85,11 @@ class Step:
     def autocast_copies(self) -> bool:
         """Whether autocast casts fp32 weights, and keeps the copies until backward has used them."""
         return self.trained_bytes > self.compute_bytes and not self.engine
+
+
+def reserve(total: float) -> float:
+    """What is left alone of a device's memory: fragments, libraries' workspaces, communication buffers."""
+    return GIB + 0.05 * total
 
 
 def gib(num_bytes: float) -> str:
@@ -302,6 +223,7 @@ def _weights(config: Any, step: Step) -> float:
         return step.weight_bytes + copies
     whole = min(GATHERED, num_parameters(config)) / num_parameters(config)
     share = 0 if step.offload_weights else 1 / step.world_size
+    share += 1 / step.secondary if step.secondary else 0
     part = min(1.0, share + whole * (step.world_size > 1 or step.offload_weights))
     return step.weight_bytes * part + copies
 
@@ -309,11 +231,13 @@ def _weights(config: Any, step: Step) -> float:
 def _states(step: Step) -> tuple[float, float]:
     """Gradients and optimizer state. DeepSpeed keeps fp32 weights besides half ones, under ZeRO always."""
     gradients = float(step.num_trained * step.trained_bytes)
+    if not step.engine and step.world_size > 1:
+        gradients *= 2  # DDP's buckets are a copy
     state = OPTIMIZER_BYTES.get(step.optimizer, ADAM_BYTES)
     if step.engine and (step.stage > 0 or step.trained_bytes < 4):
         state += 4
     if step.engine and step.stage == 0 and step.trained_bytes < 4:
-        gradients += step.num_trained * 4  # summed in fp32
+        gradients += step.num_trained * 4  # cast to fp32 in the step
     split = step.world_size if step.stage >= 1 else 1
     if step.stage >= 2:
         gradients = gradients / step.world_size + 2 * step.bucket * step.trained_bytes

@@ -1,0 +1,180 @@
+"""Files of a model or adapter directory: which they are, what is in them, and whether they are as saved."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+from baichuan_sft import commit
+from baichuan_sft.errors import CheckpointFault, UserError, first_line
+
+Shapes = dict[str, tuple[int, ...]]
+
+# In the order of transformers.
+MODEL_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+# Of these a model's fingerprint is made, of at most so many rows each.
+FINGERPRINT = ("model.embed_tokens.weight", "model.norm.weight")
+FINGERPRINT_ROWS = 64
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """One JSON object.
+
+    Raises:
+        UserError: not there, not JSON, or not an object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file.") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not JSON: {error}.") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected an object, got {type(content).__name__}.")
+    return content
+
+
+def is_adapter(path: str | Path) -> bool:
+    return (Path(path) / "adapter_config.json").is_file()
+
+
+def base_of(path: str | Path) -> str:
+    """Directory of the model that an adapter was trained on, or ``path`` itself.
+
+    Raises:
+        UserError: the adapter's base is not on this machine.
+    """
+    if not is_adapter(path):
+        return str(path)
+    base = read_json(Path(path) / "adapter_config.json").get("base_model_name_or_path") or ""
+    if not os.path.isdir(base):
+        raise UserError(
+            f"{path}: this adapter needs its base model in {base!r}, which is no directory here; "
+            "set base_model_name_or_path in adapter_config.json to where it is."
+        )
+    return base
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The files that transformers or PEFT read the weights from, of several kinds the one they choose.
+
+    Raises:
+        CheckpointFault: there are none.
+        UserError: an index that is no JSON object.
+    """
+    known = ("adapter_model.safetensors", "adapter_model.bin") if is_adapter(path) else MODEL_FILES
+    name = next((name for name in known if (path / name).is_file()), None)
+    if name is None:
+        raise CheckpointFault(f"{path}: no weights in it; expected one of {', '.join(known)}.")
+    if not name.endswith(".index.json"):
+        return [path / name]
+    weight_map = read_json(path / name).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise CheckpointFault(f"{path / name}: has no weight_map; copy this file again.")
+    return [path / shard for shard in sorted(set(weight_map.values()))]
+
+
+def file_shapes(path: Path) -> Shapes:
+    """Name and shape of every tensor in the weight files of a directory; the data is not read.
+
+    Raises:
+        CheckpointFault: a file is missing, truncated, or holds anything but tensors.
+    """
+    import torch
+    from safetensors import SafetensorError, safe_open
+
+    shapes: Shapes = {}
+    for file in weight_files(path):
+        try:
+            if file.suffix == ".safetensors":
+                with safe_open(file, framework="pt") as opened:
+                    names = opened.keys()
+                    shapes.update({name: tuple(opened.get_slice(name).get_shape()) for name in names})
+            else:
+                tensors = torch.load(file, map_location="meta", weights_only=True)
+                shapes.update({name: tuple(tensor.shape) for name, tensor in tensors.items()})
+        except FileNotFoundError:
+            raise CheckpointFault(
+                f"{file}: no such file, but it is part of the model; copy it there."
+            ) from None
+        except (SafetensorError, OSError, RuntimeError) as error:
+            raise CheckpointFault(f"{file}: not a whole file ({first_line(error)}); copy it again.") from None
+        except (UnpicklingError, EOFError, AttributeError):
+            # torch's own message advises weights_only=False, which would run what is in the file.
+            raise CheckpointFault(
+                f"{file}: holds more than tensors, or is damaged; nothing of it was run. Get these weights "
+                "as safetensors, or copy the file again."
+            ) from None
+    return shapes
+
+
+def check_against_manifest(path: Path) -> None:
+    """Compare weights and configuration with the manifest beside them; vendors' downloads have none.
+
+    On a host of many ranks the first one hashes, the others compare sizes. Settings that are meant to be
+    edited (adapter_config.json, generation_config.json) are left out.
+
+    Raises:
+        CheckpointFault: a file is not what was saved.
+    """
+    if not (path / commit.MANIFEST).is_file():
+        return
+    names = [file.relative_to(path).as_posix() for file in weight_files(path)]
+    known = ("config.json", *(name for name in MODEL_FILES if name.endswith(".index.json")))
+    names += [name for name in known if (path / name).is_file()]
+    found = commit.problems(path, names, hashes=os.environ.get("LOCAL_RANK", "0") == "0")
+    if found:
+        raise CheckpointFault(
+            f"{path}: {commit.summary(found)}. Copy it again; or, if you changed it yourself, delete "
+            f"{commit.MANIFEST} and {commit.COMMIT} there."
+        )
+
+
+def fingerprint(path: str | Path) -> str | None:
+    """sha256 of a model's final norm and of its first embeddings, as fp32; None where they are not found.
+
+    Tells models of the same shapes apart, in whatever files and dtype they lie.
+    """
+    import torch
+    from safetensors import safe_open
+
+    digest, found = hashlib.sha256(), 0
+    for file in weight_files(Path(path)):
+        if file.suffix != ".safetensors":
+            tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            parts = [tensors[name][:FINGERPRINT_ROWS] for name in FINGERPRINT if name in tensors]
+        else:
+            with safe_open(file, framework="pt") as opened:
+                names = opened.keys()
+                parts = [opened.get_slice(name)[:FINGERPRINT_ROWS] for name in FINGERPRINT if name in names]
+        for part in parts:
+            digest.update(part.float().contiguous().numpy().tobytes())
+            found += 1
+    return digest.hexdigest() if found == len(FINGERPRINT) else None
+
+
+def check_base(path: Path) -> None:
+    """
+    Raises:
+        UserError: an adapter was trained on another model than the one it would be put on.
+    """
+    record = path / "run.json"
+    if not (is_adapter(path) and record.is_file()):
+        return
+    facts = read_json(record)
+    known, base = facts.get("base_fingerprint"), base_of(path)
+    if known and known != fingerprint(base):
+        trained = facts.get("model", {}).get("model_name_or_path")
+        raise UserError(
+            f"{path}: this adapter was trained on {trained} (fingerprint {known[:12]}); {base} has the same "
+            "shapes and other weights. Set base_model_name_or_path in adapter_config.json to the right one."
+        )

@@ -1,0 +1,146 @@
+"""Verdicts on what happens between hosts: names, ports, the dry rendezvous, what its speed is good for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from baichuan_sft.doctor.cells import Cell, command, fail, good, listed, shell, usual, warn
+from baichuan_sft.doctor.rounds import World
+from baichuan_sft.hosts import Host
+
+SLOW_SECONDS = 10.0  # of waiting for the network in an update: as long as computing one takes on few GPUs
+
+
+def is_loopback(address: str) -> bool:
+    return address.startswith("127.") or address == "::1"
+
+
+def names(world: World, host: Host, mine: dict[str, Any]) -> Cell:
+    """Its own name must lead to an address that others reach, each other name to the same as elsewhere."""
+    for other in world.reached():  # of the others ssh tells
+        seen = {
+            name: tuple(one["resolved"].get(other.name, [])) for name, one in world.values("names").items()
+        }
+        if not seen.get(other.name) or is_loopback(seen[other.name][0]):
+            seen.pop(other.name, None)  # what it is to itself; see below
+        if other is host or not seen:
+            continue
+        wanted = usual({name: found for name, found in seen.items() if found} or {host.name: ()})
+        address = wanted[0] if wanted else "ITS_ADDRESS"
+        repair = shell(world, host, f'echo "{address} {other.name}" >> /etc/hosts')
+        if not seen[host.name]:
+            return fail(f"does not know {other.name}", listed(list(wanted)) or "an address", repair)
+        if wanted and seen[host.name] != wanted:
+            return fail(f"{other.name} is {listed(list(seen[host.name]))}", listed(list(wanted)), repair)
+    loopback = [address for address in mine["own"] if is_loopback(address)]
+    if loopback or not mine["own"]:
+        interface, address = next(iter(mine["interfaces"].items()), ("eth0", "ITS_ADDRESS"))
+        found = (
+            f"{mine['hostname']} is {loopback[0]} to itself" if loopback else f"{mine['hostname']} is unknown"
+        )
+        edit = (
+            f'sed -i "s/^{loopback[0]}[[:space:]].*/{address} {mine["hostname"]}/" /etc/hosts'
+            if loopback
+            else ""
+        )
+        repair = shell(world, host, edit) if edit else ""
+        also = f"export GLOO_SOCKET_IFNAME={interface} (launch does it)"
+        return warn(found, address, f"{repair}, or {also}" if repair else also)
+    return good(listed(mine["own"]))
+
+
+def port(world: World, host: Host, mine: dict[str, Any]) -> Cell:
+    """The first host must be able to listen on the master port; each reaches it there, and is reached."""
+    first, number = world.reached()[0], world.ask["port"]
+    listening = mine["listen"]
+    if "fault" in listening:
+        other = (
+            f"pass another port: --master_port {number + 1}" if host is first else "free it, then ask again"
+        )
+        return fail(
+            listening["fault"], f"port {number} free" if host is first else "a port to listen on", other
+        )
+    if host is first:
+        return good(f"{number} is free")
+    opened = world.answers[first.name]["ports"]
+    if "fault" in opened["listen"]:
+        return Cell("skip", f"{first.name} could not listen")
+    here = world.answers[host.name].get("names", {}).get("interfaces", {})
+    there = world.answers[first.name].get("names", {}).get("interfaces", {})
+    by_name = mine["reached"].get(first.name, {"fault": "no answer"})
+    addresses = [name for name, one in mine["reached"].items() if name != first.name and "own" in one]
+    if "fault" in by_name and addresses:
+        found = f"{host.name} reaches {first.name} at {addresses[0]}, not by its name ({by_name['fault']})"
+        repair = shell(world, host, f'echo "{addresses[0]} {first.name}" >> /etc/hosts')
+        return warn(found, f"{first.name} by its name", repair)
+    if "fault" in by_name:
+        found = f"{host.name} -> {first.name}:{number}: {by_name['fault']}"
+        return fail(found, "open to all hosts of the run", allow(world, first, here))
+    back = opened["reached"].get(host.name, {"fault": "not tried"})
+    if "fault" in back:
+        found = f"{first.name} -> {host.name}:{listening['port']}: {back['fault']}"
+        return fail(found, "all ports open between hosts", allow(world, host, there))
+    return good(f"both ways, {by_name['seconds'] * 1000:.1f} ms")
+
+
+def allow(world: World, host: Host, others: dict[str, str]) -> str:
+    """The firewall rule that lets another host in; NCCL and gloo take ports at random."""
+    source = next(iter(others.values()), "ADDRESS")
+    return command(world, host, "iptables", "-I", "INPUT", "-p", "tcp", "-s", source, "-j", "ACCEPT")
+
+
+ARRIVED = ("joined", "summed", "done")
+
+
+def rendezvous(world: World, host: Host, mine: dict[str, Any]) -> Cell:
+    if mine["phase"] == "not tried":
+        return Cell("skip", "not tried: the port comes first")
+    if mine["phase"] == "done":
+        if mine["wrong"]:
+            return fail(
+                mine["wrong"],
+                "the sum over all ranks",
+                "the network or a device damages data: leave a host out",
+            )
+        return good(f"{len(world.reached())} ranks, {mine['backend']}")
+    came = {name: one.get("came", one["phase"]) for name, one in world.values("rendezvous").items()}
+    missing = [name for name, phase in came.items() if phase not in ("import", *ARRIVED)]
+    fault = mine.get("fault", "no answer in time")
+    python = world.answers[host.name]["python"]["executable"]
+    if host.name in missing:
+        return fail(fault, "torch and its process group", command(world, host, python, "-c", "import torch"))
+    if missing:
+        return fail(f"waited for {listed(missing)}", "all hosts", f"see {listed(missing)}")
+    held = ", ".join(sorted(world.answers[host.name].get("names", {}).get("interfaces", {})))
+    repair = f"export GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME, one of {held or 'its interfaces'}"
+    return fail(f"after {came[host.name]!r}: {fault}", "a sum over all hosts", repair)
+
+
+def bandwidth(world: World, host: Host, mine: dict[str, Any]) -> Cell:
+    """Bytes/s on a host's link, and what that means for each way to share a model."""
+    if not mine.get("bytes_per_second"):
+        return Cell("skip", "no rendezvous")
+    speed = min(
+        one["bytes_per_second"] for one in world.values("rendezvous").values() if one.get("bytes_per_second")
+    )
+    infiniband = world.values("devices").get(host.name, {}).get("infiniband") or []
+    way = "by InfiniBand" if mine["transport"] == "IB" else "by socket"
+    found = f"{speed / 1e9:.1f} GB/s {way}" if speed >= 1e8 else f"{speed / 1e6:.0f} MB/s {way}"
+    if infiniband and mine["transport"] != "IB" and mine["backend"] == "nccl":
+        found += f", InfiniBand device {infiniband[0]} present but not used"
+        return warn(
+            found, "InfiniBand", f"unset NCCL_IB_DISABLE; export NCCL_IB_HCA={infiniband[0]}; ibv_devinfo"
+        )
+    waits = {name: payload / speed for name, payload in world.ask["traffic"].items()}
+    told = ", ".join(f"{name} {seconds:.{0 if seconds >= 10 else 2}f}" for name, seconds in waits.items())
+    stage = world.values("config").get(host.name, {}).get("stage")
+    chosen = "LoRA" if world.ask.get("lora") else {1: "ZeRO-1/2", 2: "ZeRO-1/2", 3: "ZeRO-3"}.get(stage)
+    slow = [name for name, seconds in waits.items() if seconds > SLOW_SECONDS and chosen in (None, name)]
+    found = f"{found}; seconds of sending per update: {told}"
+    if not slow:
+        return good(found)
+    better = [name for name, seconds in waits.items() if seconds <= SLOW_SECONDS]
+    advice = f"choose {listed(better)}" if better else "train on one host, or get a faster network"
+    return warn(
+        found, f"at most {SLOW_SECONDS:.0f} s", f"{advice}; or more --gradient_accumulation_steps with ZeRO-1"
+    )

@@ -1,0 +1,146 @@
+"""One rank's process, log and status; what of a run is alive on this host. Standard library only."""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import ctypes
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+TAIL_BYTES = 8192
+TAIL_LINES = 40
+MARK = "BAICHUAN_SFT_RUN"  # in the environment of every process of a run, children of children too
+SWEEP_SECONDS = 3.0
+PR_SET_PDEATHSIG = 1
+LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+def die_with_parent(number: int = signal.SIGKILL) -> None:
+    """In a new process: the kernel sends it a signal when its parent is gone, however that went."""
+    if sys.platform == "linux":
+        LIBC.prctl(PR_SET_PDEATHSIG, number)
+
+
+@dataclass
+class Rank:
+    """A process that writes to its own log, so that nothing it says can block or be lost."""
+
+    number: int
+    local: int
+    log: Path
+    reported: bool = False
+    process: subprocess.Popen[bytes] = field(init=False)
+    status_dir: Path = field(init=False)
+    _begin: int = 0  # bytes of the log that an earlier run wrote
+    _shown: int = 0
+    _seen: Any = None
+    _decoder: Any = field(default_factory=lambda: codecs.getincrementaldecoder("utf-8")("replace"))
+
+    def start(self, command: list[str], environment: Mapping[str, str]) -> None:
+        self.status_dir = Path(tempfile.mkdtemp(prefix="baichuan_sft_status_"))
+        own = {"RANK": self.number, "LOCAL_RANK": self.local, "BAICHUAN_SFT_STATUS": self.status_dir}
+        with self.log.open("ab") as log:
+            stamp = time.strftime("%Y-%m-%d %H:%M:%S")
+            log.write(f"--- rank {self.number}, started {stamp} ---\n".encode())
+            log.flush()
+            self._begin = self._shown = log.tell()
+            self.process = subprocess.Popen(
+                command,
+                env={**environment, **{name: str(value) for name, value in own.items()}},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                preexec_fn=die_with_parent,
+            )
+
+    def new_output(self) -> str:
+        with self.log.open("rb") as log:
+            log.seek(self._shown)
+            data = log.read(65536)
+        self._shown += len(data)
+        return self._decoder.decode(data)
+
+    def new_status(self) -> dict[str, Any] | None:
+        """The rank's status file where it says something new."""
+        path = self.status_dir / f"rank-{self.number}.json"
+        with contextlib.suppress(OSError, ValueError):
+            stamp = path.stat().st_mtime_ns, path.stat().st_ino
+            if stamp != self._seen:
+                status = json.loads(path.read_text())
+                self._seen = stamp
+                return status
+        return None
+
+    def tail(self) -> str:
+        """The last lines of this run in the log."""
+        with contextlib.suppress(OSError), self.log.open("rb") as log:
+            log.seek(max(self._begin, os.fstat(log.fileno()).st_size - TAIL_BYTES))
+            return "\n".join(log.read().decode(errors="replace").splitlines()[-TAIL_LINES:])
+        return ""
+
+    def is_stopped(self) -> bool:
+        """Whether the process is stopped (SIGSTOP, a debugger): alive, but it does nothing."""
+        with contextlib.suppress(OSError, IndexError):
+            return (
+                Path("/proc", str(self.process.pid), "stat").read_text().rpartition(")")[2].split()[0] in "Tt"
+            )
+        return False
+
+    def remove_status(self) -> None:
+        shutil.rmtree(self.status_dir, ignore_errors=True)
+
+
+def marked(run_id: str) -> list[int]:
+    """Processes of a run on this host, found by the mark in their environment."""
+    mark, found = f"{MARK}={run_id}".encode(), []
+    for process in filter(str.isdecimal, os.listdir("/proc")):
+        with contextlib.suppress(OSError):  # of another user, or gone
+            if mark in Path("/proc", process, "environ").read_bytes().split(b"\0"):
+                found.append(int(process))
+    return found
+
+
+def leaders(run_id: str) -> list[int]:
+    """The rank processes of a run that another launcher started, without their own children."""
+    found = {}
+    for process in marked(run_id):
+        with contextlib.suppress(OSError, IndexError):
+            variables = Path("/proc", str(process), "environ").read_bytes().split(b"\0")
+            if any(each.startswith(b"LOCAL_RANK=") for each in variables):
+                found[process] = int(
+                    Path("/proc", str(process), "stat").read_text().rpartition(")")[2].split()[1]
+                )
+    return [process for process, parent in found.items() if parent not in found]
+
+
+def sweep(run_id: str) -> list[int]:
+    """Kill what is left of a run; returns what would not die."""
+    limit = time.monotonic() + SWEEP_SECONDS
+    while run_id and (found := marked(run_id)):
+        for process in found:
+            with contextlib.suppress(OSError):
+                os.kill(process, signal.SIGKILL)
+        if time.monotonic() > limit:
+            return found
+        time.sleep(0.05)
+    return []
+
+
+def oom_kills() -> int:
+    """How often the kernel has killed for want of memory in this control group, or on this host."""
+    for path in (Path("/sys/fs/cgroup/memory.events"), Path("/proc/vmstat")):
+        with contextlib.suppress(OSError, KeyError):
+            return int(dict(line.split() for line in path.read_text().splitlines())["oom_kill"])
+    return 0

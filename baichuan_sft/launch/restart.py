@@ -1,0 +1,73 @@
+"""After a failure that may pass: go on from the last checkpoint, on the hosts that are left."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from baichuan_sft.hosts import Host
+from baichuan_sft.launch import screen
+from baichuan_sft.launch.fleet import fleet_of
+from baichuan_sft.launch.outcome import Failure
+from baichuan_sft.launch.supervise import Job, Stop, attempt
+
+DETERMINISTIC = {2, 3, 4, 6}  # flags, the machine, a checkpoint, numbers: they fail again
+PROBE_SECONDS = 5.0
+# Flags that say where a run begins; a restart begins at the last checkpoint.
+BEGINNINGS = ("resume", "resume_from_checkpoint", "overwrite_output_dir")
+
+
+def run_with_restarts(job: Job, max_restarts: int, stop: Stop) -> int:
+    """The exit code of the last attempt."""
+    seen: list[Failure] = []
+    while True:
+        outcome = attempt(job, stop)
+        failure = outcome.failure
+        if failure is None:
+            return outcome.code
+        reason = why_not(failure, seen, max_restarts)
+        if reason:
+            if max_restarts:
+                screen.note(f"not started again: {reason}")
+            return outcome.code
+        seen.append(failure)
+        left = hosts_left(job)
+        if not left:
+            screen.note("not started again: no host answers")
+            return outcome.code
+        gone = [host.name for host in job.hosts if host not in left]
+        job = dataclasses.replace(job, hosts=left, command=resumed(job.command))
+        without = f", without {', '.join(gone)}" if gone else ""
+        screen.note(f"restart {len(seen)} of {max_restarts} from the last checkpoint: {job.size}{without}")
+
+
+def why_not(failure: Failure, seen: list[Failure], max_restarts: int) -> str:
+    """Why a failure is no reason to start again; empty where it is."""
+    if failure.code in DETERMINISTIC:
+        return f"exit code {failure.code} comes back, repair its cause first"
+    if any(failure.fingerprint == earlier.fingerprint for earlier in seen):
+        return "the same error at the same step as before"
+    return "" if len(seen) < max_restarts else f"--max_restarts {max_restarts} is used up"
+
+
+def hosts_left(job: Job) -> list[Host]:
+    """The hosts that answer within 5 s, in their order; a lost one may be back."""
+    with fleet_of(job.hosts, job.silence) as fleet:
+        fleet.ask("hello", run_id=fleet.run_id, silence=fleet.silence, files=[])
+        answers = fleet.answers("hello", PROBE_SECONDS, fleet.links)
+        fleet.end(1.0)
+    return [host for host in job.hosts if host.name in answers]
+
+
+def resumed(command: list[str]) -> list[str]:
+    """The command with ``--resume auto`` in place of whatever said where the run begins."""
+    kept: list[str] = []
+    skip = False
+    for word in command:
+        name = word.removeprefix("--").partition("=")[0] if word.startswith("--") else ""
+        if skip and not word.startswith("--"):
+            skip = False
+            continue
+        skip = name in BEGINNINGS and "=" not in word
+        if name not in BEGINNINGS:
+            kept.append(word)
+    return [*kept, "--resume", "auto"]

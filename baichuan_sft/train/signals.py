@@ -1,0 +1,123 @@
+"""SIGTERM, SIGINT and SIGHUP: the first one lets a run save and end, the second ends it at once.
+
+Launchers give ranks a limited time between SIGTERM and SIGKILL: DeepSpeed's and torch's 30 seconds, SLURM's
+KillWait 30. A save that takes longer is lost, and the checkpoint before it stays the newest valid one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+EXIT_CODES = {signal.SIGTERM: 143, signal.SIGHUP: 143, signal.SIGINT: 130}
+# Seconds: Ctrl-C reaches every process, and then launchers pass it on, as the same signal or another.
+SAME_EVENT = {signal.SIGTERM: 3.0, signal.SIGHUP: 3.0, signal.SIGINT: 1.0}
+GRACE = 5.0  # seconds from a signal to the end of a process that has nothing to save but does not react
+
+_training = False
+_first: signal.Signals | None = None
+
+
+class Interrupted(BaseException):
+    """A signal ended this run in order.
+
+    Attributes:
+        exit_code: of the process. everywhere: every rank ends with it.
+    """
+
+    def __init__(self, message: str, exit_code: int, *, everywhere: bool = False) -> None:
+        super().__init__(message)
+        self.exit_code, self.everywhere = exit_code, everywhere
+
+
+@contextlib.contextmanager
+def handled() -> Iterator[None]:
+    """Signals end the run as said above; in the main thread only, where Python handles them."""
+    global _training, _first
+    _training, _first = False, None
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    receiver, sender = socket.socketpair()
+    sender.setblocking(False)
+    # A blocked collective keeps Python's handlers from running; what arrives here does not wait for it.
+    before = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
+    handlers = {signum: signal.getsignal(signum) for signum in EXIT_CODES}
+    for signum, handler in handlers.items():
+        if handler is not signal.SIG_IGN:  # nohup ignores SIGHUP, and that holds
+            signal.signal(signum, _handle)
+    threading.Thread(target=_listen, args=(receiver,), daemon=True).start()
+    try:
+        yield
+    finally:
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
+        signal.set_wakeup_fd(before)
+        sender.close()
+
+
+def train_begins() -> None:
+    """From now on there is something to save."""
+    global _training
+    _training = True
+
+
+def wanted() -> int:
+    """Exit code that a signal to this rank asked for, 0 where there was none."""
+    return EXIT_CODES[_first] if _first is not None else 0
+
+
+def name_of(exit_code: int) -> str:
+    return "SIGINT" if exit_code == 130 else _first.name if _first is not None else "SIGTERM"
+
+
+def ignore_in_worker(_: int) -> None:
+    """For data loader workers, to whom launchers send signals too: rank and save need them to the end."""
+    for signum in EXIT_CODES:
+        signal.signal(signum, signal.SIG_IGN)
+
+
+def end_process(exit_code: int) -> None:
+    """End at once, without taking down the process group in order, and leave no process behind."""
+    for child in multiprocessing.active_children():
+        child.kill()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # the reader is gone
+            stream.flush()
+    os._exit(exit_code)
+
+
+def _handle(signum: int, frame: Any) -> None:
+    global _first
+    if _first is None:
+        _first = signal.Signals(signum)
+        if not _training:
+            text = f"{_first.name}: ended before the first update, there is nothing to save"
+            raise Interrupted(text, EXIT_CODES[_first])
+
+
+def _listen(receiver: socket.socket) -> None:
+    first, since = 0, 0.0
+    while number := receiver.recv(1):
+        signum = number[0]
+        if signum not in EXIT_CODES:
+            continue
+        now = time.monotonic()
+        if not first:
+            first, since = signum, now
+            if not _training:
+                timer = threading.Timer(GRACE, end_process, (EXIT_CODES[signal.Signals(signum)],))
+                timer.daemon = True
+                timer.start()
+        elif now - since > SAME_EVENT[signal.Signals(signum)]:
+            name = signal.Signals(signum).name
+            print(f"{name} again: ends at once, the last whole checkpoint stays", file=sys.stderr, flush=True)
+            end_process(EXIT_CODES[signal.Signals(signum)])

@@ -1,0 +1,511 @@
+"""`baichuan-sft launch` on this machine, with a rank that is a few lines of Python."""
+
+import json
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+from fixtures import ROOT
+
+from baichuan_sft import ops_cache
+from baichuan_sft.errors import UserError
+from baichuan_sft.hosts import Host
+from baichuan_sft.launch import net
+from baichuan_sft.launch.command import main
+from baichuan_sft.launch.environment import forwarded, shown
+from baichuan_sft.launch.outcome import Failure
+from baichuan_sft.launch.ranks import marked
+from baichuan_sft.launch.restart import resumed, why_not
+from baichuan_sft.launch.supervise import START_SECONDS, Job, Stop, Watch
+
+# What a rank does, by the first word. It tells its phase as a training rank does.
+WORKER = """
+import json, os, signal, subprocess, sys, time
+rank, what = int(os.environ["RANK"]), sys.argv[1]
+def tell(phase, step=None, error=None):
+    path = os.path.join(os.environ["BAICHUAN_SFT_STATUS"], f"rank-{rank}.json")
+    with open(path + ".tmp", "w") as file:
+        json.dump(dict(rank=rank, phase=phase, step=step, error=error), file)
+    os.replace(path + ".tmp", path)
+def wait(): time.sleep(600)
+tell("rendezvous")
+print(f"rank {rank} of {os.environ['WORLD_SIZE']}, world {os.environ['BAICHUAN_SFT_WORLD']}", flush=True)
+print("flags", sys.argv[1:], flush=True)
+if what != "hang": tell("train", 17)
+last = int(os.environ["WORLD_SIZE"]) - 1
+if what == "ok": sys.exit(0)
+if what == "raise" and rank == last:
+    subprocess.Popen(["sleep", "600"], start_new_session=True)
+    time.sleep(0.5)
+    raise ValueError("no such 词")
+if what == "echo":
+    if rank == 0:
+        sys.exit("RuntimeError: Connection closed by peer")
+    time.sleep(1)
+    error = dict(kind="NumericalFault", message="loss is nan", traceback="Traceback of it", exit_code=6)
+    tell("train", 18, error)
+    sys.exit(6)
+if what == "killed" and rank == last: os.kill(os.getpid(), signal.SIGKILL)
+if what == "once":
+    if not os.path.exists(sys.argv[2]):
+        open(sys.argv[2], "w").close()
+        raise OSError("the first time")
+    sys.exit(0)
+if what == "always": raise OSError("each time")
+if what == "save":
+    def save(*_):
+        print("saved", flush=True)
+        sys.exit(143)
+    signal.signal(signal.SIGTERM, save)
+if what == "stubborn": signal.signal(signal.SIGTERM, signal.SIG_IGN)
+print("ready", flush=True)
+wait()
+"""
+
+
+@pytest.fixture
+def worker(tmp_path):
+    path = tmp_path / "worker.py"
+    path.write_text(WORKER)
+    return path
+
+
+def words(tmp_path, *flags):
+    return [sys.executable, "-m", "baichuan_sft.cli", "launch", "--log_dir", tmp_path / "logs", *flags]
+
+
+def start(tmp_path, *flags, **options) -> subprocess.Popen:
+    command = [str(word) for word in words(tmp_path, "--num_processes", 2, *flags)]
+    streams = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return subprocess.Popen(command, cwd=ROOT, text=True, start_new_session=True, **streams, **options)
+
+
+def launch(tmp_path, *flags, **options) -> tuple[int, str]:
+    process = start(tmp_path, *flags, **options)
+    output, _ = process.communicate(timeout=60)
+    return process.returncode, output
+
+
+def until(process, text) -> str:
+    """What a launch said up to a line with ``text``."""
+    said = ""
+    for line in process.stdout:
+        said += line
+        if text in line:
+            return said
+    raise AssertionError(f"ended before {text!r}: {said}")
+
+
+def alive(worker) -> list[str]:
+    """Processes that have this test's worker or agents of it in their environment or command line."""
+    done = subprocess.run(["pgrep", "-af", str(worker)], capture_output=True, text=True)
+    return done.stdout.splitlines()
+
+
+def wait_until_gone(worker, seconds):
+    limit = time.monotonic() + seconds
+    while found := alive(worker):
+        assert time.monotonic() < limit, found
+        time.sleep(0.1)
+
+
+# --- how a run ends ----------------------------------------------------------------------------------
+
+
+def test_all_ranks_end_well(worker, tmp_path):
+    code, output = launch(tmp_path, worker, "ok")
+    assert code == 0
+    assert "1 host x 2 = 2 processes" in output
+    assert "rank 0 of 2, world 1:2" in output and "rank 1 of 2" not in output
+    assert "rank 1 of 2" in (tmp_path / "logs" / "rank-1.log").read_text()
+    assert re.search(r"localhost +rank 0,1 ok +nothing left", output)
+
+
+def test_a_failure_ends_all_ranks_and_is_told_once(worker, tmp_path):
+    began = time.monotonic()
+    code, output = launch(tmp_path, worker, "raise")
+    assert time.monotonic() - began < 10  # the issue's limit, from start to end
+    assert code == 1
+    assert output.count("Traceback") == 1 and output.count("= run failed =") == 1
+    assert "localhost, rank 1: ValueError: no such 词" in output
+    assert "phase train, step 17, exit code 1" in output
+    assert f"log: {tmp_path}/logs/rank-1.log on localhost" in output
+    assert "rank 0 ended by the launcher, rank 1 exit code 1" in output
+    assert alive(worker) == []
+
+
+def test_a_child_that_left_the_session_is_ended_too(worker, tmp_path):
+    """`raise` leaves a sleep with a session of its own."""
+    before = set(pids_of("sleep 600"))
+    code, output = launch(tmp_path, worker, "raise")
+    assert code == 1 and "nothing left" in output
+    assert set(pids_of("sleep 600")) <= before
+
+
+def pids_of(command) -> list[str]:
+    return subprocess.run(["pgrep", "-fx", command], capture_output=True, text=True).stdout.split()
+
+
+def test_the_rank_that_knows_the_cause_is_named(worker, tmp_path):
+    """Rank 0 notices first that rank 1 is gone; rank 1 says why."""
+    code, output = launch(tmp_path, worker, "echo")
+    assert code == 6
+    assert "localhost, rank 1: loss is nan" in output
+    assert "phase train, step 18, exit code 6" in output
+    assert "Traceback" not in output  # an error of ours is one sentence
+
+
+def test_a_rank_killed_from_outside(worker, tmp_path):
+    code, output = launch(tmp_path, worker, "killed")
+    assert code == 5
+    assert "localhost, rank 1: killed by SIGKILL" in output
+
+
+@pytest.mark.slow
+def test_a_rendezvous_that_never_ends_is_named(worker, tmp_path):
+    code, output = launch(tmp_path, worker, "hang", "--rendezvous_timeout", "1")
+    assert code == 5
+    assert re.search(r"localhost, rank 0: no rendezvous after \d+ s.*also rank 1 \(localhost\)", output)
+    assert "phase rendezvous" in output
+
+
+def test_a_killed_agent_takes_its_ranks_along(worker, tmp_path):
+    process = start(tmp_path, worker, "wait")
+    until(process, "ready")
+    for pid in children(process.pid):
+        os.kill(pid, signal.SIGKILL)
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode == 5
+    assert "localhost: host lost with rank 0,1: the connection to its agent ended" in output
+    wait_until_gone(worker, 5)
+
+
+def children(pid) -> list[int]:
+    done = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True)
+    return [int(word) for word in done.stdout.split()]
+
+
+def test_a_killed_launcher_leaves_nothing(worker, tmp_path):
+    process = start(tmp_path, worker, "stubborn")
+    until(process, "ready")
+    assert alive(worker)
+    process.kill()
+    process.wait()
+    wait_until_gone(worker, 25)
+
+
+def test_a_frozen_launcher_is_not_waited_for(worker, tmp_path):
+    process = start(tmp_path, "--peer_timeout", 3, worker, "stubborn")
+    until(process, "ready")
+    process.send_signal(signal.SIGSTOP)
+    try:
+        wait_until_gone_but(worker, process, 15)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def wait_until_gone_but(worker, launcher, seconds):
+    limit = time.monotonic() + seconds
+    while any(int(line.split()[0]) != launcher.pid for line in alive(worker)):
+        assert time.monotonic() < limit
+        time.sleep(0.1)
+
+
+# --- signals -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "number, expected", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 143)]
+)
+def test_the_first_signal_lets_the_ranks_save(number, expected, worker, tmp_path):
+    process = start(tmp_path, worker, "save")
+    until(process, "ready")
+    time.sleep(0.3)  # rank 1 may be a little later
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode == expected
+    assert "saved" in output and "saved" in (tmp_path / "logs" / "rank-1.log").read_text()
+    assert "the ranks finish their step, save and end" in output
+    assert "rank 0,1 saved and ended" in output and "run failed" not in output
+
+
+def test_the_second_interrupt_ends_at_once(worker, tmp_path):
+    process = start(tmp_path, worker, "stubborn")
+    until(process, "ready")
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    until(process, "the ranks finish")
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert "ending all ranks at once" in output and "ended by the launcher" in output
+    assert alive(worker) == []
+
+
+# --- restarts ----------------------------------------------------------------------------------------
+
+
+def test_a_failure_that_passes_is_restarted_from_the_last_checkpoint(worker, tmp_path):
+    flags = ["once", tmp_path / "mark", "--resume", "never", "--overwrite_output_dir", "True"]
+    code, output = launch(tmp_path, "--max_restarts", 1, worker, *flags)
+    assert code == 0
+    assert "OSError: the first time" in output
+    assert "restart 1 of 1 from the last checkpoint: 1 host, 2 processes" in output
+    assert f"flags ['once', '{tmp_path}/mark', '--resume', 'auto']" in output
+
+
+def test_the_same_failure_twice_is_not_tried_again(worker, tmp_path):
+    code, output = launch(tmp_path, "--max_restarts", 5, worker, "always")
+    assert code == 1
+    assert output.count("= run failed =") == 2
+    assert "not started again: the same error at the same step as before" in output
+
+
+@pytest.mark.parametrize("code", [2, 3, 4, 6])
+def test_a_failure_that_would_come_back_is_not_restarted(code):
+    failure = Failure("a", 0, "train", 3, code, "x")
+    assert f"exit code {code} comes back" in why_not(failure, [], 3)
+
+
+def test_restarts_are_counted_over_the_whole_run():
+    failures = [Failure("a", 0, "train", step, 5, "killed by SIGKILL") for step in range(3)]
+    assert why_not(failures[2], failures[:1], 2) == ""
+    assert "--max_restarts 2 is used up" in why_not(failures[2], failures[:2], 2)
+
+
+def test_the_flags_that_say_where_to_begin_are_replaced():
+    command = "-m x train --resume=never --resume_from_checkpoint d --overwrite_output_dir True --bf16 True"
+    assert resumed(command.split()) == "-m x train --bf16 True --resume auto".split()
+    assert resumed(resumed(command.split())) == resumed(command.split())
+
+
+# --- addresses, environment, the command line ---------------------------------------------------------
+
+
+def test_a_port_in_use_is_named_with_its_process(worker, tmp_path):
+    with socket.create_server(("", 0)) as taken:
+        port = taken.getsockname()[1]
+        code, output = launch(tmp_path, "--master_port", port, worker, "ok")
+    assert code == 3
+    assert f"port {port}: Address already in use, by process {os.getpid()} (" in output
+    assert "Traceback" not in output
+
+
+def test_a_listener_is_known_by_its_word():
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        assert net.reach(["127.0.0.1"], other.getsockname()[1], "word") == {}
+
+
+@pytest.fixture
+def watch():
+    """A launch that watches rank 0 on host a and rank 1 on host b, and hears nothing."""
+    links = [SimpleNamespace(name="a", ranks=[0]), SimpleNamespace(name="b", ranks=[1])]
+    job = Job([Host("a", 1), Host("b", 1)], [], {}, [], "logs")
+    return Watch(SimpleNamespace(links=links), job, Stop())
+
+
+def test_a_rank_that_never_gets_past_its_imports_is_named(watch):
+    watch.check_limits()
+    watch.states[1].since -= START_SECONDS + 1
+    watch.check_limits()
+    assert watch.failures == []  # a program that tells no phases has no limits
+    watch.states[0].note(dict(phase="rendezvous", step=0))
+    watch.check_limits()
+    (failure,) = watch.failures
+    assert (failure.host, failure.rank, failure.code) == ("b", 1, 5)
+    assert failure.message == "still not past its imports after 120 s"
+
+
+def test_data_may_take_its_time_but_is_named(watch, capsys):
+    watch.states[0].note(dict(phase="rendezvous", step=0))
+    watch.states[1].note(dict(phase="data", step=0))
+    for state in watch.states.values():
+        state.since -= 3600
+    watch.check_limits()
+    watch.check_limits()
+    assert watch.failures == []
+    assert capsys.readouterr().err == "launch: rank 0 waits for rank 1 (b) in phase data, 3600 s so far\n"
+
+
+def test_what_goes_along():
+    given = dict(NCCL_DEBUG="INFO", HF_HOME="/h", HF_TOKEN="t", HOME="/root", RANK="3", WANDB_API_KEY="k")
+    given |= dict(BAICHUAN_SFT_STATUS="/s", TOKENIZERS_PARALLELISM="false")
+    chosen = dict(NCCL_DEBUG="INFO", HF_HOME="/h", TOKENIZERS_PARALLELISM="false")
+    assert forwarded(given, []) == chosen
+    assert forwarded(given, ["HF_TOKEN"]) == {**chosen, "HF_TOKEN": "t"}
+    with pytest.raises(UserError, match="--env NOTHING: is not set here"):
+        forwarded(given, ["NOTHING"])
+    assert shown("HF_TOKEN", "t") == "HF_TOKEN=***"
+    assert shown("http_proxy", "http://me:word@proxy:3128") == "http_proxy=http://***@proxy:3128"
+
+
+FAULTS = {
+    "no_command": ([], "the following arguments are required: train"),
+    "unknown_command": (["trian"], "unknown command 'trian'"),
+    "no_script": (["nothing.py"], "nothing.py: no such file"),
+    "no_hostfile": (["--hostfile", "hostfil", "train"], "--hostfile hostfil: no such file"),
+    "unknown_mode": (["--mode", "pdhs", "train"], "unknown mode 'pdhs', did you mean 'pdsh'"),
+    "unknown_flag": (["--hostfiles", "x", "train"], "unrecognized arguments: --hostfiles"),
+    "both": (["--hostfile", "hostfile.example", "--num_processes", "2", "train"], "contradict"),
+    "zero": (["--num_processes", "0", "train"], "must be at least 1"),
+    "port": (["--master_port", "99999", "train"], "99999 is not a port"),
+    "restarts": (["--mode", "torchrun", "--max_restarts", "2", "train"], "--max_restarts needs --mode ssh"),
+    "node_rank": (["--node_rank", "1", "train"], "--node_rank is for --mode torchrun"),
+    "node_rank_9": (
+        ["--mode", "torchrun", "--hostfile", "hostfile.example", "--node_rank", "9", "train"],
+        "has 2 hosts, counted from 0",
+    ),
+    "slurm": (["--mode", "slurm", "train"], "SLURM_JOB_NODELIST is not set"),
+    "env": (["--env", "NO_SUCH_NAME", "train"], "--env NO_SUCH_NAME: is not set here"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_faults_of_the_command_line(name, monkeypatch):
+    argv, expected = FAULTS[name]
+    monkeypatch.chdir(ROOT)
+    monkeypatch.delenv("SLURM_JOB_NODELIST", raising=False)
+    with pytest.raises(UserError, match=re.escape(expected)):
+        main(argv)
+
+
+def test_a_dry_run_shows_what_would_run_and_no_secret(tmp_path, monkeypatch, capsys):
+    hostfile = tmp_path / "hostfile"
+    hostfile.write_text("far-1 slots=2\nfar-2 slots=1 port=2222 user=me python=/v/python workdir=/w\n")
+    monkeypatch.setenv("HF_TOKEN", "planted")
+    flags = ["--dry_run", "--hostfile", str(hostfile), "--env", "HF_TOKEN"]
+    assert main([*flags, "train", "--data_path", "a b.json"]) == 0
+    shown = capsys.readouterr().out
+    assert "2 hosts, 3 processes" in shown and "# far-2, rank 2: the agent" in shown
+    assert re.search(
+        r"^ssh .*-p 2222 -l me -- far-2 .*/w /v/python -m baichuan_sft.launch.agent", shown, re.M
+    )
+    assert "/v/python -m baichuan_sft.cli train --data_path 'a b.json'" in shown
+    assert "HF_TOKEN=***" in shown and "planted" not in shown
+
+
+# --- other modes -------------------------------------------------------------------------------------
+
+
+def test_torchrun_commands(tmp_path, capsys, monkeypatch):
+    hostfile = tmp_path / "hostfile"
+    hostfile.write_text("a slots=2\nb slots=1 python=/v/python\n")
+    flags = ["--mode", "torchrun", "--hostfile", str(hostfile), "--master_port", "2345"]
+    assert main([*flags, "train", "--bf16", "True"]) == 0
+    first, second = re.findall(r"^env .*$", capsys.readouterr().out, re.M)
+    assert "BAICHUAN_SFT_WORLD=2:3" in first
+    assert "--nnodes 2 --node_rank 0 --nproc_per_node 2 --master_addr a --master_port 2345 -m" in first
+    assert "/v/python -m torch.distributed.run" in second and "--node_rank 1 --nproc_per_node 1" in second
+    assert second.endswith("-m baichuan_sft.cli train --bf16 True")
+
+
+@pytest.mark.slow
+def test_torchrun_runs_this_hosts_command(worker, tmp_path):
+    """The worker tells its phase to a directory that here no launcher has made."""
+    env = {**os.environ, "BAICHUAN_SFT_STATUS": str(tmp_path)}
+    flags = ["--mode", "torchrun", "--node_rank", 0, "--master_port", free_port(), worker]
+    code, output = launch(tmp_path, *flags, "ok", env=env)
+    assert code == 0, output
+    assert "rank 0 of 2, world 1:2" in output and "rank 1 of 2, world 1:2" in output
+    code, output = launch(tmp_path, *flags, "killed", env=env)
+    assert code != 0
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+SRUN = """#!/bin/sh
+# a stand-in: two tasks on this machine
+echo "$@" > {log}
+while [ "$1" != env ]; do shift; done
+export SLURM_NTASKS=2 SLURM_NTASKS_PER_NODE=2
+SLURM_PROCID=0 SLURM_LOCALID=0 "$@" || exit $?
+SLURM_PROCID=1 SLURM_LOCALID=1 "$@"
+"""
+
+
+def test_slurm_starts_one_task_per_rank(worker, tmp_path):
+    tools = {"srun": SRUN.format(log=tmp_path / "srun"), "scontrol": "#!/bin/sh\necho node1\n"}
+    (tmp_path / "bin").mkdir()
+    for name, text in tools.items():
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
+    env = {**os.environ, "PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "node1"}
+    env["BAICHUAN_SFT_STATUS"] = str(tmp_path)
+    code, output = launch(tmp_path, "--mode", "slurm", worker, "ok", env=env)
+    assert code == 0, output
+    assert "rank 0 of 2, world 1:2" in output and "rank 1 of 2, world 1:2" in output
+    assert "--nodes 1 --ntasks 2 --ntasks-per-node 2 --kill-on-bad-exit=1" in (tmp_path / "srun").read_text()
+    code, _ = launch(tmp_path, "--mode", "slurm", worker, "always", env=env)
+    assert code != 0
+
+
+def test_pdsh_quotes_what_a_shell_would_read(capsys, tmp_path, monkeypatch):
+    hostfile = tmp_path / "hostfile"
+    hostfile.write_text("a slots=2\nb slots=2\n")
+    monkeypatch.setenv("NCCL_DEBUG", "$(reboot) 5%h")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".deepspeed_env").write_text("# mine\n\nMINE=1 2\n")
+    assert main(["--mode", "pdsh", "--dry_run", "--hostfile", str(hostfile), "train", "--x", "a;b c"]) == 0
+    line = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    assert "ServerAliveInterval=5" in line[0]
+    remote = " ".join(line[line.index("a,b") + 1 :])
+    assert "export NCCL_DEBUG='$(reboot) 5%%h'; " in remote and "export MINE='1 2'; " in remote
+    assert remote.endswith("baichuan_sft.cli train --x 'a;b c'")
+    assert (tmp_path / ".deepspeed_env").read_text() == "# mine\n\nMINE=1 2\n"
+    hostfile.write_text("a slots=2\nb slots=2 port=23\n")
+    with pytest.raises(UserError, match="line 2 of the hostfile needs --mode ssh"):
+        main(["--mode", "pdsh", "--dry_run", "--hostfile", str(hostfile), "train"])
+
+
+# --- compiled ops ------------------------------------------------------------------------------------
+
+
+def test_a_lock_of_a_dead_build_is_removed_and_a_live_one_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    for name in ("dead", "live"):
+        (tmp_path / "py" / name).mkdir(parents=True)
+    (tmp_path / "py" / "dead" / "lock").touch()
+    with (tmp_path / "py" / "live" / "lock").open("w"):
+        notices = ops_cache.use_ops_cache(["cpu_adam"])
+        assert ops_cache.building(tmp_path) == ["live"]
+    assert [path.parent.name for path in tmp_path.glob("*/*/lock")] == ["live"]
+    assert notices == [
+        f"{tmp_path}/py/dead/lock: left by a build that was killed, removed",
+        "compiling cpu_adam for this host, about 2 min (once)",
+    ]
+    (tmp_path / "py" / "live" / "cpu_adam.so").touch()
+    (tmp_path / "py" / "live" / "lock").unlink()
+    assert ops_cache.use_ops_cache(["cpu_adam"]) == []
+
+
+def test_the_directory_of_compiled_ops_is_the_hosts_own(tmp_path, monkeypatch):
+    monkeypatch.setenv("BAICHUAN_SFT_CACHE", str(tmp_path))
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+    monkeypatch.setenv("TRITON_CACHE_DIR", "/mine")
+    variables = ops_cache.variables()
+    assert list(variables) == ["TORCH_EXTENSIONS_DIR"]
+    assert socket.gethostname() in variables["TORCH_EXTENSIONS_DIR"]
+    assert ops_cache.ops_root().is_relative_to(tmp_path)
+
+
+def test_ranks_carry_the_mark_by_which_they_are_swept():
+    child = subprocess.Popen(["sleep", "60"], env={**os.environ, "BAICHUAN_SFT_RUN": "mark-of-this-test"})
+    try:
+        assert marked("mark-of-this-test") == [child.pid]
+    finally:
+        child.kill()
+        child.wait()
+    assert json.dumps(marked("mark-of-this-test")) == "[]"

@@ -1,0 +1,186 @@
+"""Signals, and ranks that die, in real runs: what is saved, who ends when, and with which exit code."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from fixtures import ROOT, SMALL_VOCABULARY, tiny_config
+from launching import BIN, environment, flags, free_port
+
+from baichuan_sft import load_tokenizer
+from baichuan_sft.commit import checkpoints, problems
+from baichuan_sft.model.modeling_baichuan import BaichuanForCausalLM
+
+pytestmark = pytest.mark.slow
+
+FINE_TUNE = ROOT / "fine-tune" / "fine-tune.py"
+START_SECONDS = 400  # of imports, on a machine that has other things to do
+
+
+@pytest.fixture(scope="module")
+def nano(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("nano")
+    torch.manual_seed(0)
+    BaichuanForCausalLM(tiny_config("baichuan2-13b")).save_pretrained(folder)
+    load_tokenizer(SMALL_VOCABULARY).save_pretrained(folder)
+    return folder
+
+
+class Run:
+    """A run that would go on for an hour, started as a user starts it."""
+
+    def __init__(self, nano, folder, launcher=(), **options):
+        data = ROOT / "data" / "belle_chat.json"
+        values = dict(model_name_or_path=nano, data_path=data, output_dir=folder / "out", use_cpu=True)
+        values |= dict(cache_dir=folder / "cache", model_max_length=128, per_device_train_batch_size=1)
+        values |= dict(max_steps=100_000, save_strategy="no", check_reload=False) | options
+        self.status, self.out, self.log = folder / "status", folder / "out", folder / "log"
+        self.status.mkdir()
+        words = [*(launcher or [sys.executable]), FINE_TUNE, *flags(**values)]
+        self.process = subprocess.Popen(
+            [str(word) for word in words],
+            env={**environment(), "BAICHUAN_SFT_STATUS": str(self.status)},
+            stdout=self.log.open("w"),
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+    def facts(self, rank=0):
+        path = self.status / f"rank-{rank}.json"
+        return json.loads(path.read_text()) if path.exists() else {"phase": "", "step": 0}
+
+    def until(self, ready):
+        end = time.monotonic() + START_SECONDS
+        while not ready(self.facts()):
+            assert self.process.poll() is None and time.monotonic() < end, self.text()
+            time.sleep(0.01)
+        return self
+
+    def send(self, signum, rank=0):
+        self.sent = time.monotonic()
+        os.kill(self.facts(rank)["pid"], signum)
+
+    def ends(self, within):
+        code = self.process.wait(START_SECONDS)
+        assert time.monotonic() - self.sent < within, self.text()
+        return code
+
+    def text(self):
+        return self.log.read_text()
+
+
+@pytest.fixture
+def start(nano, tmp_path):
+    runs = []
+
+    def call(*launcher, **options):
+        runs.append(Run(nano, tmp_path, launcher, **options))
+        return runs[-1]
+
+    yield call
+    left = []
+    for run in runs:
+        left += session(run.process.pid)
+        for pid in session(run.process.pid):
+            os.kill(pid, signal.SIGKILL)
+        run.process.wait()
+    assert left == [], "processes outlived their run"
+
+
+def session(leader):
+    """Processes of a session that are no zombies."""
+    found = []
+    for entry in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{entry}/stat") as stat:
+                fields = stat.read().rpartition(")")[2].split()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if fields[3] == str(leader) and fields[0] != "Z":
+            found.append(int(entry))
+    return found
+
+
+def deepspeed():
+    return [BIN / "deepspeed", "--hostfile=", "--num_gpus", "2", "--master_port", free_port()]
+
+
+def torchrun():
+    return [BIN / "torchrun", "--nproc_per_node", "2", "--master_port", free_port()]
+
+
+def saved(run):
+    """Steps of the checkpoints, each of them whole."""
+    found = checkpoints(run.out)
+    assert [problems(path) for path in found] == [[]] * len(found)
+    return [int(path.name.partition("-")[2]) for path in found]
+
+
+@pytest.mark.parametrize("name, code", [("SIGTERM", 143), ("SIGINT", 130)])
+def test_the_first_signal_saves_and_ends(start, name, code):
+    run = start().until(lambda facts: facts["step"] >= 2)
+    run.send(signal.Signals[name])
+    assert run.ends(within=60) == code, run.text()
+    (step,) = saved(run)
+    assert f"{name}: saving checkpoint-{step}, then exit {code}\n" in run.text()
+    assert f"{name}: checkpoint-{step} is saved; --resume auto goes on from there\n" in run.text()
+    assert "Traceback" not in run.text() and not (run.out / "model.safetensors").exists()
+    assert run.facts()["error"]["exit_code"] == code
+
+
+def test_the_second_signal_ends_at_once(start):
+    run = start(gradient_accumulation_steps=5000).until(lambda facts: facts["phase"] == "train")
+    time.sleep(2)
+    run.send(signal.SIGINT)
+    time.sleep(1.5)  # longer than what counts as the same Ctrl-C
+    assert run.process.poll() is None
+    run.send(signal.SIGINT)
+    assert run.ends(within=10) == 130
+    assert "SIGINT again: ends at once, the last whole checkpoint stays" in run.text() and saved(run) == []
+
+
+def test_a_signal_before_the_first_update_has_nothing_to_save(start):
+    run = start().until(lambda facts: facts["phase"] in ("data", "model"))
+    run.send(signal.SIGTERM)
+    assert run.ends(within=30) == 143
+    assert "SIGTERM: ended before the first update, there is nothing to save" in run.text()
+    assert "Traceback" not in run.text()
+
+
+def test_a_signal_during_an_evaluation_leaves_it(start):
+    options = dict(eval_strategy="steps", eval_steps=1, dev_ratio=0.5, per_device_eval_batch_size=1)
+    run = start(**options).until(lambda facts: facts["step"] >= 2)
+    run.send(signal.SIGTERM)
+    assert run.ends(within=60) == 143
+    assert len(saved(run)) == 1
+
+
+@pytest.mark.parametrize("launcher", [deepspeed, torchrun])
+def test_a_signal_to_one_rank_stops_both(start, launcher):
+    options = dict(deepspeed=ROOT / "recipes" / "zero2.json") if launcher is deepspeed else {}
+    run = start(*launcher(), **options).until(lambda facts: facts["step"] >= 2)
+    run.send(signal.SIGTERM, rank=1)
+    assert run.ends(within=60) != 0
+    (step,) = saved(run)
+    assert f"SIGTERM: saving checkpoint-{step}, then exit 143\n" in run.text()
+    assert [run.facts(rank)["error"]["exit_code"] for rank in (0, 1)] == [143, 143]
+    assert 'Traceback (most recent call last):\n  File "' + str(FINE_TUNE) not in run.text()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_rank_ends_the_other_and_the_launcher(start, rank):
+    """Under the plain `deepspeed`: 10 s until the other rank is gone."""
+    run = start(*deepspeed()).until(lambda facts: facts["step"] >= 2)
+    other = run.facts(1 - rank)["pid"]
+    run.send(signal.SIGKILL, rank=rank)
+    while os.path.exists(f"/proc/{other}"):
+        assert time.monotonic() - run.sent < 10, run.text()
+        time.sleep(0.1)
+    assert run.ends(within=START_SECONDS) != 0
+    assert run.text().count(f"rank {rank}: its process is gone, last step ") == 1
+    assert "Traceback" not in run.text()
