@@ -58,7 +58,7 @@ def run(command: Callable[[list[str]], int], argv: list[str]) -> int:
         return leave(error.exit_code)
     except BrokenPipeError:  # of `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return 141  # 128 + SIGPIPE, as shells say
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

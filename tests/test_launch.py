@@ -22,7 +22,7 @@ from baichuan_sft.launch.command import main
 from baichuan_sft.launch.environment import forwarded, shown
 from baichuan_sft.launch.outcome import Failure
 from baichuan_sft.launch.ranks import marked
-from baichuan_sft.launch.restart import resumed, why_not
+from baichuan_sft.launch.restart import why_not
 from baichuan_sft.launch.supervise import START_SECONDS, Job, Stop, Watch
 
 # What a rank does, by the first word. It tells its phase as a training rank does.
@@ -37,7 +37,7 @@ def tell(phase, step=None, error=None):
 def wait(): time.sleep(600)
 tell("rendezvous")
 print(f"rank {rank} of {os.environ['WORLD_SIZE']}, world {os.environ['BAICHUAN_SFT_WORLD']}", flush=True)
-print("flags", sys.argv[1:], flush=True)
+print("launch is", os.environ.get("BAICHUAN_SFT_LAUNCH"), flush=True)
 if what != "hang": tell("train", 17)
 last = int(os.environ["WORLD_SIZE"]) - 1
 if what == "ok": sys.exit(0)
@@ -254,12 +254,13 @@ def test_the_second_interrupt_ends_at_once(worker, tmp_path):
 
 
 def test_a_failure_that_passes_is_restarted_from_the_last_checkpoint(worker, tmp_path):
-    flags = ["once", tmp_path / "mark", "--resume", "never", "--overwrite_output_dir", "True"]
-    code, output = launch(tmp_path, "--max_restarts", 1, worker, *flags)
+    code, output = launch(tmp_path, "--max_restarts", 1, worker, "once", tmp_path / "mark")
     assert code == 0
     assert "OSError: the first time" in output
     assert "restart 1 of 1 from the last checkpoint: 1 host, 2 processes" in output
-    assert f"flags ['once', '{tmp_path}/mark', '--resume', 'auto']" in output
+    # the same launch for `train`, whose saves and lock are its own
+    (own, first), (same, second) = re.findall(r"launch is (\w{16}):(\d)", output)
+    assert (first, second) == ("0", "1") and own == same
 
 
 def test_the_same_failure_twice_is_not_tried_again(worker, tmp_path):
@@ -279,12 +280,6 @@ def test_restarts_are_counted_over_the_whole_run():
     failures = [Failure("a", 0, "train", step, 5, "killed by SIGKILL") for step in range(3)]
     assert why_not(failures[2], failures[:1], 2) == ""
     assert "--max_restarts 2 is used up" in why_not(failures[2], failures[:2], 2)
-
-
-def test_the_flags_that_say_where_to_begin_are_replaced():
-    command = "-m x train --resume=never --resume_from_checkpoint d --overwrite_output_dir True --bf16 True"
-    assert resumed(command.split()) == "-m x train --bf16 True --resume auto".split()
-    assert resumed(resumed(command.split())) == resumed(command.split())
 
 
 # --- addresses, environment, the command line ---------------------------------------------------------

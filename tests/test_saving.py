@@ -458,12 +458,12 @@ def test_another_hosts_lock_is_stale_when_it_is_no_longer_touched(tmp_path, caps
 
 
 def test_a_restart_of_the_same_launch_takes_over_from_another_host(tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("BAICHUAN_SFT_RUN", "8f3c")
+    monkeypatch.setenv("BAICHUAN_SFT_LAUNCH", "8f3c:1")
     left_behind(tmp_path, host="h2", boot="other")
-    monkeypatch.setenv("BAICHUAN_SFT_RUN", "another")
+    monkeypatch.setenv("BAICHUAN_SFT_LAUNCH", "another:1")
     with pytest.raises(UserError, match="in use by pid"), lock.locked(str(tmp_path)):
         pass
-    monkeypatch.setenv("BAICHUAN_SFT_RUN", "8f3c")
+    monkeypatch.setenv("BAICHUAN_SFT_LAUNCH", "8f3c:1")
     with lock.locked(str(tmp_path)):
         assert "before its restart" in capsys.readouterr().out
 

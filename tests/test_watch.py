@@ -51,7 +51,7 @@ class Ranks:
         self.processes = []
         for rank in range(size):
             env = {**os.environ, "PYTHONPATH": str(ROOT), "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            env |= {"MASTER_ADDR": "127.0.0.1", "BAICHUAN_SFT_STATUS": str(folder)}
+            env |= {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": str(size), "BAICHUAN_SFT_STATUS": str(folder)}
             words = [sys.executable, "-c", RANK.replace("{limit}", str(limit))]
             pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
             self.processes.append(subprocess.Popen(words, env=env, text=True, **pipes))
@@ -240,3 +240,17 @@ def test_status_is_a_whole_file_with_the_first_error(tmp_path, monkeypatch):
     assert entry["error"]["kind"] == "KeyError" and entry["error"]["exit_code"] == 1
     assert 'raise KeyError("x")' in entry["error"]["traceback"]
     assert [path.name for path in tmp_path.iterdir()] == ["rank-3.json"]
+
+
+def test_a_side_process_that_never_comes_is_missed(monkeypatch):
+    """Its rank was killed before it began, or a firewall lets only the master's port through."""
+    from baichuan_sft.train import watch
+
+    monkeypatch.setattr(watch.os, "write", lambda *_: 0)  # the port, to a rank that is not there
+    hub = watch.Watch({"host": "a", "rank": 0, "local_rank": 0, "step": 0}, 20.0, 3, None)
+    try:
+        assert hub.judge(hub.begun + 20 + watch.JOIN) is None
+        facts, what = hub.judge(hub.begun + 21 + watch.JOIN)
+        assert facts["rank"] == 1 and "--peer_timeout 0" in what
+    finally:
+        hub.server.close()

@@ -21,6 +21,13 @@ MODEL_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+# What scales an adapter, in its configuration and in run.json.
+ADAPTER_FACTS = {
+    "r": "lora_rank",
+    "lora_alpha": "lora_alpha",
+    "use_rslora": "use_rslora",
+    "use_dora": "use_dora",
+}
 # Of these a model's fingerprint is made, of at most so many rows each.
 FINGERPRINT = ("model.embed_tokens.weight", "model.norm.weight")
 FINGERPRINT_ROWS = 64
@@ -130,7 +137,9 @@ def check_against_manifest(path: Path) -> None:
         return
     names = [file.relative_to(path).as_posix() for file in weight_files(path)]
     known = ("config.json", *(name for name in MODEL_FILES if name.endswith(".index.json")))
-    names += [name for name in known if (path / name).is_file()]
+    if not is_adapter(path):  # beside which a whole model may lie, of which nothing is read
+        names += [name for name in known if (path / name).is_file()]
+    names += [name for name in ("tokenizer.model",) if (path / name).is_file()]
     found = commit.problems(path, names, hashes=os.environ.get("LOCAL_RANK", "0") == "0")
     if found:
         raise CheckpointFault(
@@ -171,6 +180,12 @@ def check_base(path: Path) -> None:
     if not (is_adapter(path) and record.is_file()):
         return
     facts = read_json(record)
+    config, lora = read_json(path / "adapter_config.json"), facts.get("lora", {})
+    for name, trained in ADAPTER_FACTS.items():  # the file may be edited, to say where the base lies
+        if trained in lora and config.get(name) != lora[trained]:
+            raise CheckpointFault(
+                f"{path}/adapter_config.json: {name} is {config.get(name)}, trained was {lora[trained]}."
+            )
     known, base = facts.get("base_fingerprint"), base_of(path)
     if known and known != fingerprint(base):
         trained = facts.get("model", {}).get("model_name_or_path")

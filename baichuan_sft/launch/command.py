@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import resource
 import shutil
 from pathlib import Path
+
+import yaml
 
 from baichuan_sft.errors import UserError, pick
 from baichuan_sft.hosts import Host, read_hostfile
@@ -47,18 +51,21 @@ def main(argv: list[str]) -> int:
     args = build_parser().parse_args(argv)
     hosts = hosts_of(args)
     command = rank_command(args.command, args.flags)
-    directory = args.log_dir or str(Path(flag(args.flags, "output_dir") or "launch") / "logs")
+    known = with_config(args.flags)
+    directory = args.log_dir or str(Path(flag(known, "output_dir") or "launch") / "logs")
     job = Job(
         hosts=hosts,
         command=command,
         environment=forwarded(os.environ, args.env) | {"PYTHONUNBUFFERED": "1", "COLUMNS": columns()},
-        files=files_of(args.flags),
+        files=files_of(known),
         log_dir=directory,
         address=args.master_addr,
         port=args.master_port,
-        rendezvous_seconds=float(flag(args.flags, "rendezvous_timeout") or 120),
+        rendezvous_seconds=seconds(flag(known, "rendezvous_timeout")),
         silence=args.peer_timeout,
     )
+    # three files per host
+    resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
     stop = Stop()
     stop.install()
     if args.mode != "ssh":
@@ -176,6 +183,23 @@ def flag(flags: list[str], name: str) -> str | None:
         elif word.startswith(f"--{name}="):
             found = word.partition("=")[2]
     return found
+
+
+def with_config(flags: list[str]) -> list[str]:
+    """The flags after those of the --config file among them; what is wrong with it, `train` says."""
+    with contextlib.suppress(OSError, UnicodeDecodeError, yaml.YAMLError):
+        entries = yaml.safe_load(Path(flag(flags, "config") or os.devnull).read_text(encoding="utf-8-sig"))
+        if isinstance(entries, dict):
+            return [*(f"--{name}={value}" for name, value in entries.items()), *flags]
+    return flags
+
+
+def seconds(text: str | None) -> float:
+    """Of --rendezvous_timeout; a wrong one is refused by `train`."""
+    try:
+        return float(text or 120)
+    except ValueError:
+        return 120.0
 
 
 def files_of(flags: list[str]) -> list[str]:

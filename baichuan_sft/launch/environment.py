@@ -35,7 +35,7 @@ NAMES = (
     "NO_PROXY",
 )
 # Set for each rank anew: a value from an outer launcher would send ranks to another run.
-OWN = ("BAICHUAN_SFT_WORLD", "BAICHUAN_SFT_STATUS", "BAICHUAN_SFT_RUN")
+OWN = ("BAICHUAN_SFT_WORLD", "BAICHUAN_SFT_STATUS", "BAICHUAN_SFT_RUN", "BAICHUAN_SFT_LAUNCH")
 SECRET = re.compile(r"TOKEN(?!IZERS)|KEY|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
 
 

@@ -69,7 +69,7 @@ class Fleet:
 
     def __init__(self, hosts: list[Host], silence: float) -> None:
         self.silence = silence
-        self.run_id = secrets.token_hex(8)  # marks every process of the run
+        self.run_id = secrets.token_hex(8)  # marks every process of the attempt
         self.links: list[Link] = []
         first = 0
         for host in hosts:
@@ -80,7 +80,10 @@ class Fleet:
     def turn(self, seconds: float = 0.2) -> list[tuple[Link, Message]]:
         """What the agents said; a link whose agent is gone or silent has ``lost`` set from then on."""
         waiting = {link.wire.source: link for link in self.links if not link.wire.ended}
-        ready, _, _ = select.select(list(waiting), [], [], seconds)
+        poller = select.poll()  # select() stops at file 1,024
+        for source in waiting:
+            poller.register(source, select.POLLIN)
+        ready = [source for source, _ in poller.poll(seconds * 1000)]
         found = [(waiting[source], message) for source in ready for message in waiting[source].wire.read()]
         for link in self.links:
             if not link.lost and link.ended is None:

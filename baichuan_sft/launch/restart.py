@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import secrets
 
 from baichuan_sft.hosts import Host
 from baichuan_sft.launch import screen
@@ -12,13 +13,13 @@ from baichuan_sft.launch.supervise import Job, Stop, attempt
 
 DETERMINISTIC = {2, 3, 4, 6}  # flags, the machine, a checkpoint, numbers: they fail again
 PROBE_SECONDS = 5.0
-# Flags that say where a run begins; a restart begins at the last checkpoint.
-BEGINNINGS = ("resume", "resume_from_checkpoint", "overwrite_output_dir")
 
 
 def run_with_restarts(job: Job, max_restarts: int, stop: Stop) -> int:
     """The exit code of the last attempt."""
     seen: list[Failure] = []
+    launch = secrets.token_hex(8)  # the same over restarts, unlike what marks the processes of an attempt
+    job = dataclasses.replace(job, environment=job.environment | {"BAICHUAN_SFT_LAUNCH": f"{launch}:0"})
     while True:
         outcome = attempt(job, stop)
         failure = outcome.failure
@@ -35,7 +36,8 @@ def run_with_restarts(job: Job, max_restarts: int, stop: Stop) -> int:
             screen.note("not started again: no host answers")
             return outcome.code
         gone = [host.name for host in job.hosts if host not in left]
-        job = dataclasses.replace(job, hosts=left, command=resumed(job.command))
+        own = {"BAICHUAN_SFT_LAUNCH": f"{launch}:{len(seen)}"}  # train then goes on from what it has saved
+        job = dataclasses.replace(job, hosts=left, environment=job.environment | own)
         without = f", without {', '.join(gone)}" if gone else ""
         screen.note(f"restart {len(seen)} of {max_restarts} from the last checkpoint: {job.size}{without}")
 
@@ -56,18 +58,3 @@ def hosts_left(job: Job) -> list[Host]:
         answers = fleet.answers("hello", PROBE_SECONDS, fleet.links)
         fleet.end(1.0)
     return [host for host in job.hosts if host.name in answers]
-
-
-def resumed(command: list[str]) -> list[str]:
-    """The command with ``--resume auto`` in place of whatever said where the run begins."""
-    kept: list[str] = []
-    skip = False
-    for word in command:
-        name = word.removeprefix("--").partition("=")[0] if word.startswith("--") else ""
-        if skip and not word.startswith("--"):
-            skip = False
-            continue
-        skip = name in BEGINNINGS and "=" not in word
-        if name not in BEGINNINGS:
-            kept.append(word)
-    return [*kept, "--resume", "auto"]

@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 from collections.abc import Sequence
+from typing import TextIO
 
 from baichuan_sft.launch.outcome import Failure
 
@@ -19,7 +20,7 @@ def painted(text: str, *styles: str) -> str:
 
 
 def say(text: str = "", *styles: str) -> None:
-    print(painted(text, *styles), file=sys.stderr, flush=True)
+    _write(sys.stderr, painted(text, *styles) + "\n")
 
 
 def note(text: str) -> None:
@@ -28,8 +29,15 @@ def note(text: str) -> None:
 
 def show_output(text: str) -> None:
     """Rank 0's words, as they come."""
-    sys.stdout.write(text)
-    sys.stdout.flush()
+    _write(sys.stdout, text)
+
+
+def _write(stream: TextIO, text: str) -> None:
+    try:
+        stream.write(text)
+        stream.flush()
+    except OSError:  # nobody reads any more; the logs have it all, and training goes on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def count(number: int, what: str) -> str:

@@ -54,7 +54,8 @@ class Stop:
 
     def install(self) -> None:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, lambda number, _: self._came(number))
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup's word holds
+                signal.signal(number, lambda number, _: self._came(number))
 
     def _came(self, number: int) -> None:
         if not self.armed:

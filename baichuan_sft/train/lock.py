@@ -30,8 +30,14 @@ def identity() -> dict[str, Any]:
         "pids": os.readlink("/proc/self/ns/pid"),
         "started": started(os.getpid()),
         "since": time.strftime("%Y-%m-%d %H:%M"),
-        "launch": os.environ.get("BAICHUAN_SFT_RUN"),
+        "launch": this_launch()[0],
     }
+
+
+def this_launch() -> tuple[str | None, bool]:
+    """Name of the `launch` that started this rank, if one did, and whether it has started again since."""
+    name, _, restarts = os.environ.get("BAICHUAN_SFT_LAUNCH", "").partition(":")
+    return name or None, restarts not in ("", "0")
 
 
 def started(pid: int) -> int | None:

@@ -32,7 +32,7 @@ def start_watch(store: Any, seconds: float) -> None:
         return
     rank = os.environ["RANK"]
     words = [sys.executable, "-I", "-S", str(Path(__file__).with_name("watch.py"))]
-    words += [rank, os.environ.get("LOCAL_RANK", "0"), str(seconds)]
+    words += [rank, os.environ.get("LOCAL_RANK", "0"), str(seconds), os.environ["WORLD_SIZE"]]
     if rank != "0":
         words += [os.environ["MASTER_ADDR"], store.get("watch").decode()]
     _watch = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)

@@ -16,6 +16,7 @@ from typing import Any
 from baichuan_sft import commit
 from baichuan_sft.errors import CheckpointFault, UserError
 from baichuan_sft.train.args import Settings
+from baichuan_sft.train.lock import this_launch
 from baichuan_sft.train.progress import say
 from baichuan_sft.train.same_run import check_names
 from baichuan_sft.train.together import gather
@@ -65,8 +66,19 @@ def check_resume(values: dict[str, Any]) -> None:
         word = NEWEST if older.lower() == "true" else older
     elif word not in (NEVER, AUTO) and not Path(word).is_dir():
         raise UserError(f"--resume {word}: no such directory; possible are auto, never and a checkpoint.")
-    values["resume"] = word
     found = commit.checkpoints(output_dir)
+    # A launch that starts again after a failure repeats its flags, and goes on from what it has saved.
+    restarted = this_launch()[1]
+    begins_here = word == NEVER and not values["overwrite_output_dir"]
+    if restarted and (begins_here or any(_of_this_launch(path) for path in found)):
+        word, values["overwrite_output_dir"] = AUTO, False
+    values["resume"] = word
+    newer = [path.name for path in found if -1 < commit.step_of(word) < commit.step_of(path)]
+    if newer and values["allow_change"] and Path(word).resolve().parent == Path(output_dir).resolve():
+        raise UserError(
+            f"--resume {word} --allow_change {values['allow_change']}: {', '.join(newer)} there went on "
+            "without the change, and --resume auto would take them; delete them, or change --output_dir."
+        )
     if values["overwrite_output_dir"] and word != NEVER:
         raise UserError(f"--overwrite_output_dir True begins anew, --resume {word} does not; keep one.")
     if word == NEWEST and not found:
@@ -74,13 +86,22 @@ def check_resume(values: dict[str, Any]) -> None:
             f"--resume_from_checkpoint True: no checkpoint-* in {output_dir}; --resume auto begins there."
         )
     elsewhere = word not in (AUTO, NEWEST) and Path(word).resolve().parent != Path(output_dir).resolve()
-    if found and elsewhere and not values["overwrite_output_dir"]:
+    if found and elsewhere and not values["overwrite_output_dir"] and not restarted:
         held = ", ".join(path.name for path in found[:3]) + (", ..." if len(found) > 3 else "")
         raise UserError(
             f"--output_dir {output_dir} holds {held} of a run{_described(found[0])}; go on with --resume "
             "auto, begin anew with --overwrite_output_dir True, which removes them, or take another one."
         )
     check_names(values["allow_change"])
+
+
+def _of_this_launch(checkpoint: Path) -> bool:
+    launch, _ = this_launch()
+    try:
+        facts = json.loads((checkpoint / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return bool(launch) and facts.get("launch") == launch
 
 
 def _described(checkpoint: Path) -> str:
@@ -121,6 +142,8 @@ def choose(settings: Settings) -> Resumed | None:
         say(f"{line}, {f'using {chosen.path.name}' if chosen else 'beginning anew'}")
     if chosen is None:
         return None
+    if not (chosen.path / "trainer_state.json").is_file():
+        raise UserError(f"--resume {chosen.path}: a result, not a checkpoint; give one of its checkpoint-*.")
     if chosen.facts["training"].get("save_only_model"):
         raise CheckpointFault(f"{chosen.path}: saved with --save_only_model True; nothing can go on from it.")
     say(f"resume: {chosen.path}, update {chosen.step}")
@@ -211,8 +234,10 @@ def something_left(resumed: Resumed, settings: Settings, total: int) -> bool:
     output_dir = Path(settings.training["output_dir"])
     if resumed.step < total or faults(output_dir, settings.training["save_on_each_node"]):
         return True
-    if commit.read_manifest(output_dir).get("step") != resumed.step:
-        return True
+    result, saved = (commit.read_manifest(path)["files"] for path in (output_dir, resumed.path))
+    weights = [name for name in result if name.endswith(".safetensors")]
+    if not weights or any(saved.get(name, {}).get("sha256") != result[name]["sha256"] for name in weights):
+        return True  # of another run, or of another update
     line = f"{resumed.path}: already at update {resumed.step} of {total}"
     if settings.training["resume"] != AUTO:
         raise UserError(f"{line}, nothing is left to train.")

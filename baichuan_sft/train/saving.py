@@ -133,6 +133,8 @@ class Saving(_Base):
         if directory.exists():  # of a run that was killed while it saved, or went another way from here
             commit.remove(directory)
         space.require_room(directory.parent, self.expected_bytes)
+        directory.mkdir()
+        commit.write_manifest(directory, {})  # until COMMIT nobody takes it for a download, which has none
 
     def _hash(self, directory: Path) -> commit.Entries:
         rank, names = self.args.process_index, commit.files_of(directory)
@@ -253,6 +255,7 @@ class Saving(_Base):
         self.finish_save()
         try:
             together(self._first, commit.uncommit, output_dir)
+            together(self._first, commit.write_manifest, output_dir, {})  # nor is half of it a download
             before = commit.stamps(output_dir)
             with self._writers_watched():
                 self._write_model(output_dir)

@@ -15,7 +15,7 @@ from baichuan_sft.train.args import Settings, SftTrainingArguments
 from baichuan_sft.train.checks import require_warmup_ends
 from baichuan_sft.train.fused import FLAGS as FUSED
 from baichuan_sft.train.inputs import Inputs, read_inputs, require_same_data, restore_stream
-from baichuan_sft.train.lock import locked
+from baichuan_sft.train.lock import locked, this_launch
 from baichuan_sft.train.parse import parse
 from baichuan_sft.train.processes import joined, processes
 from baichuan_sft.train.progress import say
@@ -79,8 +79,6 @@ def train(settings: Settings, inputs: Inputs) -> None:
         checkpoint = universal.checkpoint_for(resumed, args)
         if settings.data.streaming:
             restore_stream(rows, resumed.path, args.process_index)
-    elif args.overwrite_output_dir and args.should_save:
-        resume.begin_anew(settings.training["output_dir"])
     trainer = SftTrainer(
         model=build_model(settings, args),
         args=args,
@@ -97,6 +95,8 @@ def train(settings: Settings, inputs: Inputs) -> None:
         rows_per_batch=(settings.row_shape()[1], settings.row_shape(evaluate=True)[1]),
         rows_per_update=per_update,
     )
+    if checkpoint is None and args.overwrite_output_dir and args.should_save:
+        resume.begin_anew(settings.training["output_dir"])
     fit(trainer, settings, checkpoint)
     status.update(phase="save")
     trainer.save_model()
@@ -252,6 +252,7 @@ def run_record(settings: Settings, args: Any, inputs: Inputs, **more: Any) -> An
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     facts = {
         "command": sys.argv,
+        "launch": this_launch()[0],
         "model": dataclasses.asdict(settings.model),
         "data": {**dataclasses.asdict(settings.data), "report": inputs.report},
         "lora": dataclasses.asdict(settings.lora),

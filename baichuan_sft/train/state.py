@@ -151,7 +151,7 @@ def load_schedule(scheduler: Any, state: dict[str, Any]) -> None:
     A schedule's state has the peak rate in it, and the optimizer's the current one: a rate that was allowed
     to change would be accepted and ignored. Where nothing changed these are the same bits.
     """
-    peak = scheduler.base_lrs
+    peak = getattr(scheduler, "base_lrs", [])
     scheduler.load_state_dict(state)
     if not hasattr(scheduler, "lr_lambdas"):
         return

@@ -111,4 +111,6 @@ def _wait(running: subprocess.Popen | None) -> int:
 def clear(output_dir: str | Path) -> None:
     """Remove what conversions have left; rank 0 calls it."""
     for path in Path(output_dir).glob("universal-*"):
+        if not path.name.removeprefix("universal-").removesuffix(".log").isdigit():
+            continue
         shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -20,6 +20,7 @@ import time
 
 BEAT = 2.0  # seconds between two beats
 TICK = 0.5  # seconds between two looks at the rank
+JOIN = 60.0  # seconds more than the limit for the first beat: interpreters that start from a slow disk
 JUMP = 5.0  # a tick that took so much longer: this process or machine was suspended, so nobody is late
 REACTION = 4.0  # seconds a rank has to end by itself after a verdict
 
@@ -52,14 +53,15 @@ def describe(facts, what):
 
 
 class Watch:
-    def __init__(self, own, limit, hub):
+    def __init__(self, own, limit, size, hub):
         self.own, self.limit, self.parent = own, limit, os.getppid()
         self.state, self.error, self.buffer = "run", "", b""
         now = time.monotonic()
-        self.fine = now  # when this rank was last seen running
+        self.fine = self.begun = now  # when this rank was last seen running, and when the watch began
+        self.absent = set() if hub else set(range(1, size))  # ranks whose side process has not said a word
         self.server, self.peers = None, []
         if hub is None:
-            self.server = socket.create_server(("", 0), backlog=4096)
+            self.server = listen()
         else:
             self.peers = [Peer(socket.create_connection(hub, timeout=limit), now)]
             self.peers[0].facts = {"host": hub[0], "rank": 0, "local_rank": 0, "step": 0, "state": "run"}
@@ -94,6 +96,7 @@ class Watch:
             if "verdict" in message:
                 return message
             peer.facts = message
+            self.absent.discard(message["rank"])
         if messages is None and peer.facts:
             self.peers.remove(peer)
             if peer.facts["state"] != "bye":
@@ -102,6 +105,9 @@ class Watch:
 
     def judge(self, now):
         """The first peer that is late, gone or stopped, as a verdict."""
+        if self.absent and now - self.begun > self.limit + JOIN:
+            facts = {"host": "?", "rank": min(self.absent), "local_rank": -1, "step": 0, "state": "run"}
+            return facts, "its watch never came (a firewall?); --peer_timeout 0 goes without"
         known = [peer for peer in self.peers if peer.facts and peer.facts["state"] != "bye"]
         everyone_stopped = self.state == "stopped" and all(p.facts["state"] == "stopped" for p in known)
         for peer in known:
@@ -128,7 +134,7 @@ class Watch:
             ready = select_ready(inputs + [sock.fileno() for sock in socks])
             now = time.monotonic()
             if now - last > TICK + JUMP:
-                self.fine = now
+                self.fine = self.begun = now
                 for peer in self.peers:
                     peer.fine = peer.heard = now
             last = now
@@ -154,6 +160,14 @@ class Watch:
                 return verdict
             if self.state == "bye":
                 return None
+
+
+def listen():
+    """A server that IPv4 and IPv6 reach, where there is IPv6."""
+    if socket.has_dualstack_ipv6():
+        with contextlib.suppress(OSError):
+            return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True, backlog=4096)
+    return socket.create_server(("", 0), backlog=4096)
 
 
 def select_ready(files):
@@ -182,14 +196,20 @@ def end_rank(own, parent, verdict):
 
 
 def main(words):
-    rank, local_rank, limit, hub = int(words[0]), int(words[1]), float(words[2]), words[3:]
+    rank, local_rank, limit, size, hub = (
+        int(words[0]),
+        int(words[1]),
+        float(words[2]),
+        int(words[3]),
+        words[4:],
+    )
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(signum, signal.SIG_IGN)  # launchers send these to all; this one ends with its rank
     resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
     own = {"host": socket.gethostname(), "rank": rank, "local_rank": local_rank, "step": 0}
     parent = os.getppid()
     try:
-        verdict = Watch(own, limit, (hub[0], int(hub[1])) if hub else None).run()
+        verdict = Watch(own, limit, size, (hub[0], int(hub[1])) if hub else None).run()
     except OSError as error:
         text = f"no connection to rank 0's watch at {':'.join(hub)} ({error}); --peer_timeout 0 goes without"
         verdict = {"verdict": describe(own, text), "of": {**own, "host": ""}}
