@@ -28,17 +28,18 @@ def nano(tmp_path_factory):
 
 def command(nano, out, **more) -> list[str]:
     """A short run with two saves."""
-    words = flags(
+    options = dict(
         model_name_or_path=nano,
         data_path=ROOT / "data" / "belle_chat.json",
         output_dir=out,
+        cache_dir=Path(out).parent / "cache",
         max_steps=4,
         per_device_train_batch_size=2,
         save_strategy="steps",
         save_steps=2,
         use_cpu=True,
-        **{"cache_dir": Path(out).parent / "cache", **more},
     )
+    words = flags(**options | more)
     return [sys.executable, ROOT / "fine-tune" / "fine-tune.py", *words]
 
 
@@ -69,7 +70,6 @@ def test_all_oddities_at_once(nano, tmp_path):
         remove=("HOME", "LANG", "LC_ALL", "PYTHONIOENCODING", "BAICHUAN_SFT_CACHE"),
         LC_ALL="C",
         PYTHONOPTIMIZE="1",
-        PYTHONUTF8="0",
         HF_HOME="/proc/nowhere",
     )
     assert done.returncode == 0, done.stdout

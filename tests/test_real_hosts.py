@@ -2,6 +2,7 @@
 
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
@@ -11,8 +12,9 @@ from launching import BIN, flags, log_of, make_nano, run
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone, needs_hosts]
 
+LAUNCH = [sys.executable, "-m", "baichuan_sft.cli", "launch"]
 KILLED, FROZEN = 10, 30  # seconds, the limits this project sets itself
-RANK = r"fine-tune\.py|baichuan_sft\.cli|baichuan-sft train"
+RANK = r"fine-tune\.py|baichuan_sft\.cli train"
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +67,7 @@ def on_one_host(train_flags, tmp_path_factory):
 
     def train(ranks):
         out = tmp_path_factory.mktemp(f"local{ranks}") / "out"
-        done = run(["baichuan-sft", "launch", "--num_processes", ranks, "train", *train_flags(out, ranks)])
+        done = run([*LAUNCH, "--num_processes", ranks, "train", *train_flags(out, ranks)])
         assert done.returncode == 0, done.stdout
         return losses(out)
 
@@ -75,7 +77,7 @@ def on_one_host(train_flags, tmp_path_factory):
 def start(cluster, hostfile, out, words, *options):
     """The launcher on the first host; what it says goes to a file."""
     log = (out.parent / f"{out.name}.log").open("w")
-    command = ["baichuan-sft", "launch", "--hostfile", hostfile, *options, "train", *words]
+    command = [*LAUNCH, "--hostfile", hostfile, *options, "train", *words]
     return cluster.popen(1, command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
 
 

@@ -451,6 +451,37 @@ def test_a_run_killed_before_its_result_was_saved_saves_it(train, finished, tmp_
     assert len(log_of(out)) == 6  # no update more
 
 
+def test_the_result_of_another_run_is_not_taken_for_this_ones(train, finished, tmp_path):
+    """--overwrite_output_dir leaves the old result until the new one is written; the kill comes before."""
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    train(overwrite_output_dir=True, seed=6)
+    other = weights(out)
+    assert other != weights(finished)
+    for path in finished.iterdir():
+        if path.is_file():
+            shutil.copy2(path, out)
+    train(resume="auto", seed=6)
+    assert weights(out) == other
+
+
+def test_a_restart_of_a_launch_repeats_its_flags_and_goes_on(train, finished, tmp_path, monkeypatch, capsys):
+    """What the launch has saved counts; before its first save it begins where its flags say."""
+    monkeypatch.setenv("BAICHUAN_SFT_LAUNCH", "8f3c:0")
+    start = {"resume": finished / "checkpoint-4"}
+    train(**start)
+    out = tmp_path / "out"
+    (out / "COMMIT").unlink()
+    shutil.rmtree(out / "checkpoint-6")
+    monkeypatch.setenv("BAICHUAN_SFT_LAUNCH", "8f3c:1")
+    train(**start)
+    assert "resume: " + str(out / "checkpoint-5") in capsys.readouterr().out
+    assert weights(out) == weights(finished)
+    shutil.rmtree(out)
+    train(**start)  # lost before its first save
+    assert sorted(numbers(out)) == [5, 6] and weights(out) == weights(finished)
+
+
 @pytest.mark.slow
 def test_a_killed_run_goes_on_by_itself(nano, finished, tmp_path):
     command = [

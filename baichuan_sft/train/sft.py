@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
-from baichuan_sft.errors import UserError
+from baichuan_sft.errors import EnvironmentFault, UserError
 from baichuan_sft.train import status
 from baichuan_sft.train.args import Settings, SftTrainingArguments
 from baichuan_sft.train.checks import require_warmup_ends
@@ -21,6 +22,9 @@ from baichuan_sft.train.processes import joined, processes
 from baichuan_sft.train.progress import say
 from baichuan_sft.train.signals import handled
 from baichuan_sft.train.zero import completed, resolve
+
+# What torch says of a loader process that the kernel ended.
+LOST_WORKER = re.compile(r"DataLoader worker \(pid(\(s\))? [\d, ]+\)")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -113,6 +117,12 @@ def fit(trainer: Any, settings: Settings, checkpoint: Path | None) -> None:
         if "DeepSpeed config values" not in str(error):
             raise
         raise UserError(f"{settings.training['deepspeed']}: {' '.join(str(error).split())}") from None
+    except RuntimeError as error:
+        if not (lost := LOST_WORKER.search(str(error))):
+            raise
+        raise EnvironmentFault(
+            f"{lost[0]} was killed: is the memory full? --dataloader_num_workers 0 needs less."
+        ) from None
 
 
 def updates_in_all(args: Any, rows: Any, per_update: int) -> int:
