@@ -198,6 +198,18 @@ def garbage(base):
     (base / "pytorch_model.bin").write_bytes(b"<html>not found</html>")
 
 
+def lfs_pointer(base):
+    (base / "model.safetensors").write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+    )
+
+
+def shard_elsewhere(base):
+    only_config(base)
+    index = {"weight_map": {"lm_head.weight": "../../etc/x.safetensors"}}
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
 def config(**changes):
     return lambda base: edit_json(base / "config.json", **changes)
 
@@ -216,7 +228,16 @@ FAULTS = [
     (pickle_of_another_shape, CheckpointFault, r"lm_head.weight \(2, 3\), expected \(6144, 48\)"),
     (lose_a_shard, CheckpointFault, "model-00002-of-.*: no such file, but it is part of the model"),
     (only_config, CheckpointFault, "no weights in it; expected one of model.safetensors"),
-    (garbage, CheckpointFault, "pytorch_model.bin: holds more than tensors, or is damaged"),
+    (garbage, CheckpointFault, "pytorch_model.bin: is an HTML page, not weights"),
+    (lfs_pointer, CheckpointFault, "model.safetensors: is a Git LFS pointer; run `git lfs pull`"),
+    (shard_elsewhere, CheckpointFault, "names '../../etc/x.safetensors', which is no file beside it"),
+    (config(_attn_implementation_internal="x/y"), UserError, "_attn_implementation_internal could make"),
+    (
+        config(text_config={"trust_remote_code": True}),
+        UserError,
+        "text_config could make transformers run code",
+    ),
+    (config(quantization_config={"bits": 4}), UserError, "vendor's own code quantised"),
     (config(model_type="llama"), UserError, "not a Baichuan model: .*'llama', expected 'baichuan'"),
     (
         config(vocab_size=151936, lm_head=None, z_loss_weight=None),

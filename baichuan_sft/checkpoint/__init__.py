@@ -43,6 +43,15 @@ def load_config(path: str | Path) -> BaichuanConfig:
             f"{path}: not a Baichuan model: config.json has model_type {raw.get('model_type')!r}, "
             "expected 'baichuan'."
         )
+    for name, value in raw.items():
+        nested = isinstance(value, dict) and "trust_remote_code" in value
+        if name in ("_attn_implementation_internal", "trust_remote_code") or nested:
+            raise UserError(f"{path / 'config.json'}: {name} could make transformers run code; remove it.")
+    if "quant_method" not in (raw.get("quantization_config") or {"quant_method": None}):
+        raise UserError(
+            f"{path}: weights that the vendor's own code quantised, which cannot be trained; take the 16-bit "
+            "model, and --quantize nf4 or int8."
+        )
     try:
         return BaichuanConfig.from_pretrained(path)
     except (AttributeError, TypeError, ValueError) as error:

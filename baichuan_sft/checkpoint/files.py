@@ -87,7 +87,10 @@ def weight_files(path: Path) -> list[Path]:
     weight_map = read_json(path / name).get("weight_map")
     if not isinstance(weight_map, dict):
         raise CheckpointFault(f"{path / name}: has no weight_map; copy this file again.")
-    return [path / shard for shard in sorted(set(weight_map.values()))]
+    shards = sorted({str(shard) for shard in weight_map.values()})
+    if outside := [shard for shard in shards if Path(shard).name != shard]:
+        raise CheckpointFault(f"{path / name}: names {outside[0]!r}, which is no file beside it.")
+    return [path / shard for shard in shards]
 
 
 def file_shapes(path: Path) -> Shapes:
@@ -101,6 +104,8 @@ def file_shapes(path: Path) -> Shapes:
 
     shapes: Shapes = {}
     for file in weight_files(path):
+        if file.is_file() and (instead := commit.masquerade(file)):
+            raise CheckpointFault(f"{file}: {instead}.")
         try:
             if file.suffix == ".safetensors":
                 with safe_open(file, framework="pt") as opened:
