@@ -13,6 +13,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState
 from fixtures import ROOT, SMALL_VOCABULARY, tiny_config
 from launching import environment, flags, log_of
 
@@ -65,6 +66,9 @@ def train(nano, tmp_path):
     """Train in this process; returns the output directory."""
 
     def call(**options):
+        # accelerate 1.13 keeps the accumulation of an earlier run of this process
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
         assert main(options_of(nano, tmp_path, **options)) == 0
         return options.get("output_dir", tmp_path / "out")
 
