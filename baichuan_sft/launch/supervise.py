@@ -53,9 +53,10 @@ class Stop:
     again: bool = False
 
     def install(self) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup's word holds
-                signal.signal(number, lambda number, _: self._came(number))
+        # nohup's word holds; that SIGINT is ignored says only that a shell has put this in the background
+        hangup = [signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN)
+        for number in (signal.SIGINT, signal.SIGTERM, *hangup):
+            signal.signal(number, lambda number, _: self._came(number))
 
     def _came(self, number: int) -> None:
         if not self.armed:
