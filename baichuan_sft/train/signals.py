@@ -52,7 +52,8 @@ def handled() -> Iterator[None]:
     before = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
     handlers = {signum: signal.getsignal(signum) for signum in EXIT_CODES}
     for signum, handler in handlers.items():
-        if handler is not signal.SIG_IGN:  # nohup ignores SIGHUP, and that holds
+        # nohup's word holds; that SIGINT is ignored says only that a shell has put this in the background
+        if not (signum == signal.SIGHUP and handler is signal.SIG_IGN):
             signal.signal(signum, _handle)
     threading.Thread(target=_listen, args=(receiver,), daemon=True).start()
     try:
