@@ -328,8 +328,9 @@ class Server:
             time.sleep(0.002)
         killed = bool(left) and code == 0
         for pid in left:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(pid, signal.SIGKILL)
+            for kill_it in (os.kill, os.killpg):  # it may not lead a group yet
+                with contextlib.suppress(ProcessLookupError):
+                    kill_it(pid, signal.SIGKILL)
         for pid in left:
             os.waitpid(pid, 0)
         return (None if killed else code), log.read_text(errors="replace")
