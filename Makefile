@@ -35,6 +35,7 @@ bench: .venv/installed
 
 soak: .venv/installed
 	$(BIN)/python benchmarks/crash.py --trials 200
+	BAICHUAN_SFT_SOAK=1 $(BIN)/python -m pytest -q -m slow tests/test_saving.py
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
