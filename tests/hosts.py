@@ -121,7 +121,8 @@ class Cluster:
         Args:
             env: added to the user's environment.
         """
-        words = [*self._enter(i), "env", "-C", cwd or Path.cwd(), *argv]
+        # a test run in the background ignores SIGINT, and so would what it starts
+        words = [*self._enter(i), "env", "--default-signal=INT", "-C", cwd or Path.cwd(), *argv]
         settings = {**os.environ, **carried(), "HOME": str(self.machines[i].home), **(env or {})}
         process = subprocess.Popen(
             [str(word) for word in words], env=settings, start_new_session=True, **options

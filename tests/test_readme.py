@@ -383,7 +383,7 @@ def outputs(place):
 
 @pytest.mark.slow
 def test_commands_run_and_leave_what_is_promised(outputs, place):
-    assert len(outputs) == 6
+    assert len(outputs) == 8
     assert "--warmup_ratio is called --warmup_steps today" in "".join(outputs.values())
     for name in ("output", "output-lora", "output-one"):
         verify(place / name)

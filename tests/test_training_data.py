@@ -289,6 +289,7 @@ def test_other_local_ranks_wait_for_the_first(nano, tmp_path, monkeypatch):
     started = []
     for rank in ("1", "0"):
         env = {**environment(), "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}
+        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}  # as launchers do
         command = [str(BIN / "python"), "-c", code, *words]
         started.append(subprocess.Popen(command, env=env, cwd=ROOT, stdout=subprocess.PIPE, text=True))
         if rank == "1":
