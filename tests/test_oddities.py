@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -24,6 +25,13 @@ needs_root = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def nano(tmp_path_factory):
     return make_nano(tmp_path_factory.mktemp("nano") / "base", "--hidden_size", "64")
+
+
+@pytest.fixture
+def short():
+    """A directory with a short name, as TMPDIR has."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as directory:
+        yield Path(directory)
 
 
 def command(nano, out, **more) -> list[str]:
@@ -78,15 +86,26 @@ def test_all_oddities_at_once(nano, tmp_path):
 
 
 @needs_root
-def test_full_temporary_directory_and_small_shared_memory(nano, tmp_path):
+def test_full_temporary_directory_and_small_shared_memory(nano, short, tmp_path):
     """A container's /dev/shm of 64 MB, and no room in TMPDIR, with two loader workers."""
     script = 'mount -t tmpfs -o size=64m none /dev/shm && mount -t tmpfs -o size=4k none "$0" && exec "$@"'
-    full = tmp_path / "full"
-    full.mkdir()
-    inside = ("unshare", "--mount", "bash", "-c", script, full)
-    done = train(command(nano, tmp_path / "out", dataloader_num_workers=2), prefix=inside, TMPDIR=str(full))
+    inside = ("unshare", "--mount", "bash", "-c", script, short)
+    done = train(command(nano, tmp_path / "out", dataloader_num_workers=2), prefix=inside, TMPDIR=str(short))
     assert done.returncode == 0, done.stdout
     assert len(log_of(tmp_path / "out")) == 4
+
+
+def test_temporary_directory_too_long_for_the_workers_sockets(nano, short, tmp_path):
+    """Batches would be dropped in the worker, and the run would wait for ever."""
+    longest = short / ("x" * (75 - len(f"{short}/")))
+    too_long = Path(f"{longest}x")
+    for directory in (longest, too_long):
+        directory.mkdir()
+    words = command(nano, tmp_path / "out", dataloader_num_workers=2)
+    done = train(words, TMPDIR=str(too_long))
+    (line,) = error_lines(done.stdout)
+    assert done.returncode == 3 and str(too_long) in line and "TMPDIR=/tmp" in line
+    assert train(words, TMPDIR=str(longest)).returncode == 0
 
 
 @needs_root

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +45,24 @@ def check_values(values: dict[str, Any], parser: argparse.ArgumentParser) -> Non
         raise UserError("--bf16 and --fp16 are both True; keep one.")
     if values["dataloader_persistent_workers"] and not values["dataloader_num_workers"]:
         raise UserError("--dataloader_persistent_workers True needs --dataloader_num_workers of at least 1.")
+    if values["dataloader_num_workers"]:
+        _check_worker_sockets(tempfile.gettempdir())
     if values["freeze"] and values["peak_tflops"]:
         raise UserError("--peak_tflops and --freeze are both given; no MFU is computed with frozen weights.")
     if values["freeze"] and values["use_lora"]:
         raise UserError(
             "--freeze and --use_lora are both given; LoRA freezes all weights of the model already."
+        )
+
+
+def _check_worker_sockets(directory: str) -> None:
+    """A loader worker hands its tensors over by a socket there; where its name is too long, the batch is
+    dropped with a traceback in the worker's thread, and the process that trains waits for ever."""
+    longest = 107 - len("/pymp-01234567/listener-01234567")  # sun_path of Linux holds 107 bytes
+    if len(os.fsencode(directory)) > longest:
+        raise EnvironmentFault(
+            f"{directory}: too long for the sockets of --dataloader_num_workers ({longest} bytes at most); "
+            "TMPDIR=/tmp, or --dataloader_num_workers 0."
         )
 
 
