@@ -6,14 +6,18 @@ worker-2 slots=8 port=2222 user=train python=/opt/venv/bin/python workdir=/home/
 
 from __future__ import annotations
 
+import functools
 import ipaddress
+import os
 import re
 import shlex
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from baichuan_sft import machine
 from baichuan_sft.errors import UserError, suggest
 
 MAX_SLOTS = 256  # no host holds more devices; a larger number is a slip of the hand
@@ -28,6 +32,8 @@ SSH_OPTIONS = {
     "ServerAliveInterval": "5",
     "ServerAliveCountMax": "3",
 }
+# A module is found from the directory, whatever login shell reads the line.
+IN_DIRECTORY = ("sh", "-c", 'cd -- "$1" && shift && exec "$@"', "sh")
 
 
 @dataclass(frozen=True)
@@ -60,10 +66,8 @@ def read_hostfile(path: str | Path) -> list[Host]:
             continue
         first = seen.setdefault(_identity(host.name), number)
         if first != number:
-            faults.append(
-                f"{path}:{number}: {host.name} is the host of line {first} again; "
-                "give each host one line with all its slots"
-            )
+            again = f"{host.name} is the host of line {first} again"
+            faults.append(f"{path}:{number}: {again}; give each host one line with all its slots")
         hosts.append(host)
     if not hosts and not faults:
         faults.append(f"{path}: names no host; {EXAMPLE}")
@@ -78,9 +82,33 @@ def ssh_words(host: Host, words: Iterable[str]) -> list[str]:
     Host keys are left to the user's own ssh configuration: nothing here turns their check off.
     """
     options = [word for name, value in SSH_OPTIONS.items() for word in ("-o", f"{name}={value}")]
+    return ["ssh", "-T", *options, *login_words(host), "--", host.name, shlex.join(words)]
+
+
+def login_words(host: Host) -> list[str]:
+    """What ssh must be told of a host before its name."""
     port = [] if host.port is None else ["-p", str(host.port)]
-    user = [] if host.user is None else ["-l", host.user]
-    return ["ssh", "-T", *options, *port, *user, "--", host.name, shlex.join(words)]
+    return port + ([] if host.user is None else ["-l", host.user])
+
+
+@functools.cache  # a name that nobody knows is slow to look up
+def is_local(host: Host) -> bool:
+    """Whether it needs no ssh: this machine, as this user."""
+    return host.port is None and host.user is None and machine.is_this_machine(host.name)
+
+
+def module_words(host: Host, module: str, shell: Sequence[str] = IN_DIRECTORY) -> list[str]:
+    """Argv that runs a module of this package on a host, in its working directory.
+
+    Args:
+        shell: words that go to the directory that follows them, and run the rest there.
+    """
+    python, workdir = [host.python or sys.executable, "-m", module], host.workdir or os.getcwd()
+    if is_local(host):
+        return [*shell, workdir, *python]
+    if path := os.environ.get("PYTHONPATH"):
+        python = ["env", f"PYTHONPATH={path}", *python]
+    return ssh_words(host, [*shell, workdir, *python])
 
 
 def _lines(path: str | Path) -> list[tuple[int, str]]:
@@ -180,14 +208,6 @@ def _number(name: str, low: int, high: int, text: str) -> int:
     return value
 
 
-def _slots(text: str) -> int:
-    return _number("slots", 1, MAX_SLOTS, text)
-
-
-def _port(text: str) -> int:
-    return _number("port", 1, 65535, text)
-
-
 def _user(text: str) -> str:
     if not USER.fullmatch(text):
         raise ValueError(f"user={text}: is no user name")
@@ -202,8 +222,8 @@ def _path(text: str) -> str:
 
 # field -> what reads its value; the order of the README
 FIELDS: dict[str, Callable[[str], Any]] = {
-    "slots": _slots,
-    "port": _port,
+    "slots": functools.partial(_number, "slots", 1, MAX_SLOTS),
+    "port": functools.partial(_number, "port", 1, 65535),
     "user": _user,
     "python": _path,
     "workdir": _path,

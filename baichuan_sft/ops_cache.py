@@ -5,7 +5,6 @@ torch waits for such a lock for ever, without a word.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import math
 import os
@@ -17,8 +16,9 @@ from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 
+from baichuan_sft import machine
+
 SHARED_SECONDS = 1800.0  # longer than any build
-NETWORK = ("nfs", "lustre", "ceph", "gpfs", "beegfs", "cifs", "smb", "glusterfs", "fuse", "9p")
 VARIABLES = {"TORCH_EXTENSIONS_DIR": "torch", "TRITON_CACHE_DIR": "triton"}
 
 
@@ -69,7 +69,7 @@ def use_ops_cache(needed: Iterable[str] = ()) -> list[str]:
 
 def building(root: Path) -> list[str]:
     """The ops that a live process is compiling."""
-    return sorted(lock.parent.name for lock in _locks(root) if _is_held(lock))
+    return sorted(lock.parent.name for lock in locks(root) if is_held(lock))
 
 
 def remove_stale_locks(root: Path) -> list[Path]:
@@ -78,7 +78,7 @@ def remove_stale_locks(root: Path) -> list[Path]:
     On a disk that other hosts share, where a builder may be unseen, only those that no build can still hold.
     """
     youngest = time.time() - SHARED_SECONDS if _is_shared(root) else math.inf
-    stale = [lock for lock in _locks(root) if not _is_held(lock) and _changed(lock) < youngest]
+    stale = [lock for lock in locks(root) if not is_held(lock) and _changed(lock) < youngest]
     for lock in stale:
         lock.unlink(missing_ok=True)
     return stale
@@ -87,14 +87,7 @@ def remove_stale_locks(root: Path) -> list[Path]:
 def _is_shared(path: Path) -> bool:
     """Whether a directory lies on a network disk and is not named for this host."""
     ours = any(part.startswith(f"{socket.gethostname()}-py") for part in path.parts)
-    if ours or not Path("/proc/mounts").exists():
-        return False
-    mounts = [line.split()[1:3] for line in Path("/proc/mounts").read_text().splitlines()]
-    real = path.resolve()
-    _, kind = max(
-        ((len(point), kind) for point, kind in mounts if real.is_relative_to(point)), default=(0, "")
-    )
-    return kind.startswith(NETWORK)
+    return not ours and bool(machine.NETWORK_DISKS.match(machine.disk_kind(path)))
 
 
 def _changed(path: Path) -> float:
@@ -104,12 +97,12 @@ def _changed(path: Path) -> float:
         return math.inf
 
 
-def _locks(root: Path) -> list[Path]:
-    # ROOT/OP/lock, or ROOT/py311_cpu/OP/lock where torch adds a folder
+def locks(root: Path) -> list[Path]:
+    """ROOT/OP/lock, or ROOT/py311_cpu/OP/lock where torch adds a folder."""
     return [*root.glob("*/lock"), *root.glob("*/*/lock")]
 
 
-def _is_held(path: Path) -> bool:
+def is_held(path: Path) -> bool:
     """Whether a live process has a file open; the file of another user counts as held."""
     target = str(path.resolve())
     try:
@@ -118,10 +111,4 @@ def _is_held(path: Path) -> bool:
         return False
     if owner not in (os.getuid(), os.geteuid()) and os.geteuid() != 0:
         return True
-    for process in filter(str.isdecimal, os.listdir("/proc")):
-        with contextlib.suppress(OSError):
-            for number in os.listdir(f"/proc/{process}/fd"):
-                with contextlib.suppress(OSError):
-                    if os.readlink(f"/proc/{process}/fd/{number}") == target:
-                        return True
-    return False
+    return any(target in machine.open_files(process) for process in machine.processes())

@@ -240,7 +240,8 @@ class Cluster:
                 if os.readlink(f"/proc/{entry}/ns/pid") != home or int(entry) == init:
                     continue
                 line = Path(f"/proc/{entry}/cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
-                entering = line.startswith(("nsenter -t ", "env -C "))  # and not yet the command itself
+                # and not yet the command itself
+                entering = line.startswith(("nsenter -t ", "env --default-signal=INT "))
                 own = line == "sleep infinity" or entering or (f"{SSHD} -D" in line and not sshd)
                 if line and not own:
                     found[int(entry)] = line

@@ -1,6 +1,5 @@
 """The hosts of other tests: they are hosts, their faults are faults, and nothing of them is left."""
 
-import contextlib
 import os
 import signal
 import subprocess
@@ -12,18 +11,17 @@ import pytest
 from fixtures import ROOT
 from hosts import hosts, needs_hosts, wait_for
 
+from baichuan_sft import machine
+
 pytestmark = needs_hosts
+SCRIPT = [sys.executable, ROOT / "tests" / "hosts.py", "2", "--", "sh", "-c"]
 SSH = ["ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=2"]
 
 
 def alive(maker: int) -> list[str]:
     """Command lines that name the hosts which process ``maker`` made."""
-    found = []
-    for entry in filter(str.isdigit, os.listdir("/proc")):
-        with contextlib.suppress(OSError):
-            line = Path(f"/proc/{entry}/cmdline").read_text()
-            found += [line] * (f"{script.SCRATCH}{maker}-" in line)
-    return found
+    lines = map(machine.command_line, machine.processes())
+    return [line for line in lines if f"{script.SCRATCH}{maker}-" in line]
 
 
 def traces() -> dict[str, object]:
@@ -57,9 +55,8 @@ def test_three_hosts_reach_each_other(cluster, tmp_path):
         assert (done.returncode, done.stdout) == (0, f"h{j}\n")
     assert cluster.run(2, [*SSH, "10.77.0.3", "hostname"]).stdout == "h3\n"
     assert cluster.run(1, [*SSH, "h2", "echo $OMP_NUM_THREADS"]).stdout == "1\n"
-    assert (
-        cluster.hostfile(tmp_path / "hostfile", slots=2).read_text() == "h1 slots=2\nh2 slots=2\nh3 slots=2\n"
-    )
+    hostfile = cluster.hostfile(tmp_path / "hostfile", slots=2)
+    assert hostfile.read_text() == "h1 slots=2\nh2 slots=2\nh3 slots=2\n"
 
 
 def test_a_host_has_its_own_processes_and_files(cluster, tmp_path):
@@ -115,9 +112,8 @@ def test_sshd_ends_and_comes_back(cluster):
 
 def test_a_firewalled_port_is_silent_and_the_next_one_open(cluster):
     cluster.firewall(3, 29500)
-    listen = (
-        "import socket, time; s = [socket.create_server(('', 29500 + i)) for i in (0, 1)]; time.sleep(60)"
-    )
+    listen = "import socket, time; s = [socket.create_server(('', 29500 + i)) for i in (0, 1)]; "
+    listen += "time.sleep(60)"
     process = cluster.popen(3, [sys.executable, "-c", listen])
     connect = "import socket,sys; socket.create_connection(('h3', int(sys.argv[1])), 1)"
     wait_for("server", lambda: cluster.run(1, [sys.executable, "-c", connect, "29501"]).returncode == 0)
@@ -138,16 +134,7 @@ def test_nothing_is_left_after_a_failed_test_an_interrupt_and_a_kill():
             raise failure
         assert traces() == before
 
-    command = [
-        sys.executable,
-        ROOT / "tests" / "hosts.py",
-        "2",
-        "--",
-        "sh",
-        "-c",
-        "echo $HOSTFILE; sleep 1000",
-    ]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen([*SCRIPT, "echo $HOSTFILE; sleep 1000"], stdout=subprocess.PIPE, text=True)
     scratch = Path(process.stdout.readline()).parent
     assert scratch.is_dir()
     process.kill()
@@ -158,9 +145,5 @@ def test_nothing_is_left_after_a_failed_test_an_interrupt_and_a_kill():
 
 
 def test_the_command_by_hand_passes_its_exit_code_on():
-    done = subprocess.run(
-        [sys.executable, ROOT / "tests" / "hosts.py", "2", "--", "sh", "-c", "ssh h2 hostname; exit 7"],
-        capture_output=True,
-        text=True,
-    )
+    done = subprocess.run([*SCRIPT, "ssh h2 hostname; exit 7"], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (7, "h2\n"), done.stderr

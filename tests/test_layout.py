@@ -11,7 +11,7 @@ from fixtures import ROOT
 LAYERS = [
     {"errors"},
     {"arguments", "model"},
-    {"variants"},
+    {"variants", "machine"},
     {"data", "attention", "quantization", "commit", "hosts", "ops_cache"},
     {"checkpoint", "plan"},
     {"train", "infer", "datatools", "export", "evaluate", "doctor"},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from baichuan_sft.doctor.rounds import World
@@ -28,16 +29,7 @@ class Cell:
     repair: str = ""
 
 
-def good(found: str) -> Cell:
-    return Cell("pass", found)
-
-
-def warn(found: str, expected: str, repair: str) -> Cell:
-    return Cell("warn", found, expected, repair)
-
-
-def fail(found: str, expected: str, repair: str) -> Cell:
-    return Cell("fail", found, expected, repair)
+good, warn, fail = (partial(Cell, mark) for mark in ("pass", "warn", "fail"))
 
 
 def is_here(world: World, host: Host) -> bool:

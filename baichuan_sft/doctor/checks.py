@@ -68,9 +68,6 @@ def cell(world: World, host: Host, check: Check) -> Cell:
     if mine is None:
         return Cell("skip", "not reached" if check.fact != "ssh" else "not asked")
     if isinstance(mine, dict) and "error" in mine:
-        return fail(
-            mine["error"],
-            "an answer",
-            command(world, host, "ls", "-ld", str(world.ask.get(check.asked, "."))),
-        )
+        repair = command(world, host, "ls", "-ld", str(world.ask.get(check.asked, ".")))
+        return fail(mine["error"], "an answer", repair)
     return check.verdict(world, host, mine)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from baichuan_sft.arguments import Parser, at_least_1, number
@@ -20,7 +21,25 @@ EXAMPLE = """baichuan-sft doctor
       --data_path data/belle_chat.json --output_dir out --deepspeed ds_config.json
   baichuan-sft doctor --hostfile hostfile --skip bandwidth,rendezvous --json"""
 USUAL_MODEL = "baichuan2-7b"  # for the bandwidth's verdict where no model is named
+
+
+def truth(text: str) -> bool:
+    return pick("value", text.lower(), {"true": True, "false": False})
+
+
 a_port = number(int, "a port from 1 to 65534", lambda n: 1 <= n <= 65534)
+# flag, what its value is called, what reads it, its default, its help
+FLAGS: tuple[tuple[str, str, Callable[[str], Any], Any, str], ...] = (
+    ("hostfile", "FILE", str, None, "hosts to check over ssh; without it this machine alone"),
+    ("model_name_or_path", "DIR", str, None, "must be the same on all hosts"),
+    ("data_path", "FILES", str, None, "as for train; must be the same on all hosts"),
+    ("output_dir", "DIR", str, None, "writable, shared or not, with room for checkpoints"),
+    ("deepspeed", "FILE", str, None, "must be the same on all hosts"),
+    ("use_lora", "True|False", truth, False, "for the room needed"),
+    ("save_total_limit", "N", at_least_1, 1, "checkpoints kept, for the room; default 1"),
+    ("master_port", "P", a_port, 29500, "default 29500"),
+    ("skip", "NAMES", str, "", f"checks to leave out, of {', '.join(CHECKS)}"),
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -54,35 +73,10 @@ def parser() -> Parser:
         description="Whether this machine, or the hosts of a file, can train (together).",
         example=EXAMPLE,
     )
-    made.add_argument(
-        "--hostfile", metavar="FILE", help="hosts to check over ssh; without it this machine alone"
-    )
-    made.add_argument("--model_name_or_path", metavar="DIR", help="must be the same on all hosts")
-    made.add_argument("--data_path", metavar="FILES", help="as for train; must be the same on all hosts")
-    made.add_argument(
-        "--output_dir", metavar="DIR", help="writable, shared or not, with room for checkpoints"
-    )
-    made.add_argument("--deepspeed", metavar="FILE", help="must be the same on all hosts")
-    made.add_argument(
-        "--use_lora", type=truth, default=False, metavar="True|False", help="for the room needed"
-    )
-    made.add_argument(
-        "--save_total_limit",
-        type=at_least_1,
-        default=1,
-        metavar="N",
-        help="checkpoints kept, for the room; default 1",
-    )
-    made.add_argument("--master_port", type=a_port, default=29500, metavar="P", help="default 29500")
+    for name, metavar, kind, default, text in FLAGS:
+        made.add_argument(f"--{name}", metavar=metavar, type=kind, default=default, help=text)
     made.add_argument("--json", action="store_true", help="the findings as data")
-    made.add_argument(
-        "--skip", default="", metavar="NAMES", help=f"checks to leave out, of {', '.join(CHECKS)}"
-    )
     return made
-
-
-def truth(text: str) -> bool:
-    return pick("value", text.lower(), {"true": True, "false": False})
 
 
 def asked(args: Any, num_hosts: int) -> dict[str, Any]:
@@ -95,7 +89,7 @@ def asked(args: Any, num_hosts: int) -> dict[str, Any]:
         "port": args.master_port,
         "lora": args.use_lora,
     }
-    shape = shape_of(args.model_name_or_path) if args.model_name_or_path else shape_of(USUAL_MODEL)
+    shape = shape_of(args.model_name_or_path or USUAL_MODEL)
     method = "lora" if args.use_lora else "full"
     if args.model_name_or_path:
         ask["needed"] = room(shape, method, args.save_total_limit)

@@ -9,10 +9,11 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from baichuan_sft import machine
+
 # nvidia-smi's name -> ours; "[N/A]" stands where a device has no such thing
 QUERY = {
     "name": "name",
-    "memory.total": "total_mib",
     "memory.used": "used_mib",
     "compute_cap": "capability",
     "driver_version": "driver",
@@ -71,16 +72,7 @@ def infiniband() -> list[str]:
     return sorted({path.parts[-4] for path in states if "ACTIVE" in path.read_text()})
 
 
-def commands() -> dict[int, str]:
-    """Command lines of the processes that this user may see, by pid."""
-    found = {}
-    for pid in filter(str.isdecimal, os.listdir("/proc")):
-        with contextlib.suppress(OSError):
-            line = Path("/proc", pid, "cmdline").read_bytes().replace(b"\0", b" ")
-            found[int(pid)] = line.decode(errors="replace").strip()
-    return found
-
-
 def leftovers(ask: dict[str, Any]) -> list[dict[str, Any]]:
     """Processes of training that already run here."""
-    return [{"pid": pid, "command": line} for pid, line in commands().items() if RANK.search(line)]
+    commands = {pid: machine.command_line(pid) for pid in machine.processes()}
+    return [{"pid": pid, "command": line} for pid, line in commands.items() if RANK.search(line)]

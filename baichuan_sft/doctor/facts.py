@@ -21,40 +21,30 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from baichuan_sft import __version__, ops_cache
+from baichuan_sft import __version__, machine, ops_cache
 from baichuan_sft.doctor import devices
-from baichuan_sft.doctor.network import interfaces, resolve
 from baichuan_sft.errors import UserError
 
-PACKAGES = ("torch", "transformers", "deepspeed", "peft", "accelerate")
+PACKAGES = ("torch", "transformers", "deepspeed", "peft", "accelerate", "safetensors")
 WHOLE = 64 << 20  # bytes up to which a file is hashed whole
-BLOCK, BLOCKS = 1 << 20, 64  # of a larger one so many, from its head to its tail
+BLOCK, BLOCKS = 1 << 20, 64  # of a larger one so many of these bytes
 MODEL_FILES = (
-    *(
-        "config.json",
-        "generation_config.json",
-        "tokenizer*",
-        "special_tokens_map.json",
-        "adapter_config.json",
-    ),
-    *("*.safetensors.index.json", "*.bin.index.json", "*.safetensors", "*.bin"),
+    *("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json"),
+    *("adapter_config.json", "*.safetensors.index.json", "*.bin.index.json", "*.safetensors", "*.bin"),
 )
-# File systems that several hosts may share; a lock or a cache on one is seen by all, and may not hold.
-NETWORK_KINDS = re.compile(r"nfs|cifs|smb|lustre|gpfs|beegfs|ceph|gluster|9p|afs|fuse\.(?!fuseiso)")
-CACHES = ("TORCH_EXTENSIONS_DIR", "TRITON_CACHE_DIR")
 
 
-def fingerprint(path: Path) -> str:
-    """Size and sha256 of a file; beyond 64 MiB of 64 blocks of 1 MiB, evenly from its head to its tail."""
+def fingerprint(path: Path, blocks: int = BLOCKS, whole: int = WHOLE) -> str:
+    """Size and sha256 of a file; beyond ``whole`` bytes of blocks, evenly from its head to its tail."""
     size = path.stat().st_size
     digest = hashlib.sha256(str(size).encode())
     with path.open("rb") as file:
-        if size <= WHOLE:
+        if size <= whole:
             while block := file.read(BLOCK):
                 digest.update(block)
         else:
-            for number in range(BLOCKS):
-                file.seek((size - BLOCK) * number // (BLOCKS - 1))
+            for number in range(blocks):
+                file.seek((size - BLOCK) * number // (blocks - 1))
                 digest.update(file.read(BLOCK))
     return f"{size:,} bytes, sha256 {digest.hexdigest()[:12]}"
 
@@ -64,14 +54,25 @@ def together(files: dict[str, str]) -> str:
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def versions(ask: dict[str, Any]) -> dict[str, str]:
-    """Of Python, this package, those it stands on, CUDA and NCCL; torch is not imported for it."""
-    found = {"python": platform.python_version(), "baichuan-sft": __version__}
+def digests(paths: dict[str, Path], **more: Any) -> dict[str, Any]:
+    files = {name: fingerprint(path) for name, path in paths.items()}
+    return {"digest": together(files), "files": files, **more}
+
+
+def package_versions() -> dict[str, str]:
+    """Of Python and the packages that this one stands on; torch is not imported for it."""
+    found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             found[name] = "not installed"
+    return found
+
+
+def versions(ask: dict[str, Any]) -> dict[str, str]:
+    """With this package, CUDA and NCCL."""
+    found = package_versions() | {"baichuan-sft": __version__}
     for package in metadata.distributions():
         name = package.metadata["Name"] or ""
         if re.fullmatch(r"nvidia-(nccl|cuda-runtime)(-cu\d+)?", name):
@@ -82,16 +83,15 @@ def versions(ask: dict[str, Any]) -> dict[str, str]:
 def code(ask: dict[str, Any]) -> dict[str, Any]:
     """Of this package's own files: a version number does not change with every edit."""
     root = Path(__file__).parents[1]
-    files = {str(path.relative_to(root)): fingerprint(path) for path in sorted(root.rglob("*.py"))}
-    return {"digest": together(files), "files": files, "path": str(root)}
+    return digests({str(path.relative_to(root)): path for path in root.rglob("*.py")}, path=str(root))
 
 
 def model(ask: dict[str, Any]) -> dict[str, Any]:
     folder = Path(ask["model"]).expanduser()
     if not folder.is_dir():
         return {"error": f"{folder}: no such directory"}
-    files = {path.name: fingerprint(path) for pattern in MODEL_FILES for path in folder.glob(pattern)}
-    return {"digest": together(files), "files": files, "path": str(folder.absolute())}
+    paths = {path.name: path for pattern in MODEL_FILES for path in folder.glob(pattern)}
+    return digests(paths, path=str(folder.absolute()))
 
 
 def data(ask: dict[str, Any]) -> dict[str, Any]:
@@ -100,10 +100,9 @@ def data(ask: dict[str, Any]) -> dict[str, Any]:
     try:
         paths = [Path(source.path) for source in parse_sources(ask["data"], allow_outside=True)]
         inner = [file for path in paths for file in ([path] if path.is_file() else sorted(path.rglob("*")))]
-        files = {str(path): fingerprint(path) for path in inner if path.is_file()}
     except UserError as error:
         return {"error": str(error)}
-    return {"digest": together(files), "files": files}
+    return digests({str(path): path for path in inner if path.is_file()})
 
 
 def config(ask: dict[str, Any]) -> dict[str, Any]:
@@ -116,8 +115,7 @@ def config(ask: dict[str, Any]) -> dict[str, Any]:
     except ValueError as error:
         return {"error": f"{path}: not JSON: {error}"}
     stage = value.get("zero_optimization", {}).get("stage", 0) if isinstance(value, dict) else None
-    files = {str(path): fingerprint(path)}
-    return {"digest": together(files), "files": files, "stage": stage}
+    return digests({str(path): path}, stage=stage)
 
 
 def existing(path: Path) -> Path:
@@ -129,24 +127,13 @@ def disk(ask: dict[str, Any]) -> dict[str, Any]:
     """Room where the output goes, and whether one may write there."""
     place = existing(Path(ask["output"]).expanduser().absolute())
     found: dict[str, Any] = {"path": str(place), "free": shutil.disk_usage(place).free, "refused": ""}
-    found["kind"] = kind_of(place)
+    found["kind"] = machine.disk_kind(place)
     try:
         with tempfile.TemporaryFile(dir=place):
             pass
     except OSError as error:
         found["refused"] = error.strerror
     return found
-
-
-def kind_of(path: Path) -> str:
-    """Name of the file system that holds a path ("ext4", "nfs4")."""
-    mounts = Path("/proc/mounts")
-    best, kind = -1, "unknown"
-    for line in mounts.read_text().splitlines() if mounts.exists() else ():
-        _, point, name, *_ = line.split()
-        if path.is_relative_to(point) and len(point) >= best:  # of two on one point the later counts
-            best, kind = len(point), name
-    return kind
 
 
 def shm(ask: dict[str, Any]) -> dict[str, int]:
@@ -165,23 +152,21 @@ def names(ask: dict[str, Any]) -> dict[str, Any]:
     own = socket.gethostname()
     asked = [own, *ask.get("names", [])]
     with ThreadPoolExecutor(len(asked)) as pool:
-        found = dict(zip(asked, pool.map(resolve, asked)))
+        found = dict(zip(asked, pool.map(machine.resolve, asked)))
     return {"hostname": own, "own": found[own], "resolved": found, "interfaces": interfaces()}
 
 
-def identity(ask: dict[str, Any]) -> str:
-    """Equal for two names of one host, different for two containers with networks of their own."""
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    if not boot.exists():
-        return platform.node()
-    return f"{boot.read_text().strip()} {os.readlink('/proc/self/ns/net')}"
+def interfaces() -> dict[str, str]:
+    """IPv4 address of each interface that leads somewhere."""
+    found = [(name, address) for name, address in machine.interfaces() if ":" not in address]
+    return {name: address for name, address in found if name != "lo" and not name.startswith(machine.VIRTUAL)}
 
 
 def caches(ask: dict[str, Any]) -> dict[str, list[str]]:
     """Where compiled code is kept: path and kind of file system."""
-    chosen = {**ops_cache.variables(), **{name: os.environ[name] for name in CACHES if os.environ.get(name)}}
-    paths = {name: Path(path).expanduser().absolute() for name, path in chosen.items()}
-    return {name: [str(path), kind_of(existing(path))] for name, path in paths.items()}
+    chosen = {name: os.environ.get(name) for name in ops_cache.VARIABLES} | ops_cache.variables()
+    paths = {name: Path(path).expanduser().absolute() for name, path in chosen.items() if path}
+    return {name: [str(path), machine.disk_kind(existing(path))] for name, path in paths.items()}
 
 
 def locks(ask: dict[str, Any]) -> list[dict[str, Any]]:
@@ -189,22 +174,18 @@ def locks(ask: dict[str, Any]) -> list[dict[str, Any]]:
 
     Training removes those where it compiles; the usual place belongs to other programs too.
     """
-    roots = {Path(path) for name, (path, _) in caches(ask).items() if name == CACHES[0]}
-    found = []
-    for root in sorted({*roots, Path("~/.cache/torch_extensions").expanduser()}):
-        held = ops_cache.building(root)
-        for path in [*root.glob("*/lock"), *root.glob("*/*/lock")]:
-            found.append({"path": str(path), "stale": path.parent.name not in held})
-    return found
+    roots = {Path(caches(ask)["TORCH_EXTENSIONS_DIR"][0]), Path("~/.cache/torch_extensions").expanduser()}
+    found = [lock for root in sorted(roots) for lock in ops_cache.locks(root)]
+    return [{"path": str(lock), "stale": not ops_cache.is_held(lock)} for lock in found]
 
 
 def python(ask: dict[str, Any]) -> dict[str, str]:
-    return {"executable": sys.executable, "workdir": os.getcwd(), "version": platform.python_version()}
+    return {"executable": sys.executable, "workdir": os.getcwd()}
 
 
 FACTS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "python": python,
-    "identity": identity,
+    "identity": lambda ask: machine.identity(),
     "versions": versions,
     "code": code,
     "model": model,

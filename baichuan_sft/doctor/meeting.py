@@ -7,20 +7,16 @@ from typing import Any
 from baichuan_sft.doctor.cells import Cell, command, fail, good, listed, shell, usual, warn
 from baichuan_sft.doctor.rounds import World
 from baichuan_sft.hosts import Host
+from baichuan_sft.machine import is_loopback
 
 SLOW_SECONDS = 10.0  # of waiting for the network in an update: as long as computing one takes on few GPUs
-
-
-def is_loopback(address: str) -> bool:
-    return address.startswith("127.") or address == "::1"
 
 
 def names(world: World, host: Host, mine: dict[str, Any]) -> Cell:
     """Its own name must lead to an address that others reach, each other name to the same as elsewhere."""
     for other in world.reached():  # of the others ssh tells
-        seen = {
-            name: tuple(one["resolved"].get(other.name, [])) for name, one in world.values("names").items()
-        }
+        said = world.values("names").items()
+        seen = {name: tuple(one["resolved"].get(other.name, [])) for name, one in said}
         if not seen.get(other.name) or is_loopback(seen[other.name][0]):
             seen.pop(other.name, None)  # what it is to itself; see below
         if other is host or not seen:
@@ -32,21 +28,15 @@ def names(world: World, host: Host, mine: dict[str, Any]) -> Cell:
             return fail(f"does not know {other.name}", listed(list(wanted)) or "an address", repair)
         if wanted and seen[host.name] != wanted:
             return fail(f"{other.name} is {listed(list(seen[host.name]))}", listed(list(wanted)), repair)
+    name = mine["hostname"]
     loopback = [address for address in mine["own"] if is_loopback(address)]
-    if loopback or not mine["own"]:
-        interface, address = next(iter(mine["interfaces"].items()), ("eth0", "ITS_ADDRESS"))
-        found = (
-            f"{mine['hostname']} is {loopback[0]} to itself" if loopback else f"{mine['hostname']} is unknown"
-        )
-        edit = (
-            f'sed -i "s/^{loopback[0]}[[:space:]].*/{address} {mine["hostname"]}/" /etc/hosts'
-            if loopback
-            else ""
-        )
-        repair = shell(world, host, edit) if edit else ""
-        also = f"export GLOO_SOCKET_IFNAME={interface} (launch does it)"
-        return warn(found, address, f"{repair}, or {also}" if repair else also)
-    return good(listed(mine["own"]))
+    interface, address = next(iter(mine["interfaces"].items()), ("eth0", "ITS_ADDRESS"))
+    repair = f"export GLOO_SOCKET_IFNAME={interface} (launch does it)"
+    if loopback:
+        edit = f'sed -i "s/^{loopback[0]}[[:space:]].*/{address} {name}/" /etc/hosts'
+        repair = f"{shell(world, host, edit)}, or {repair}"
+        return warn(f"{name} is {loopback[0]} to itself", address, repair)
+    return good(listed(mine["own"])) if mine["own"] else warn(f"{name} is unknown", address, repair)
 
 
 def port(world: World, host: Host, mine: dict[str, Any]) -> Cell:
@@ -54,12 +44,10 @@ def port(world: World, host: Host, mine: dict[str, Any]) -> Cell:
     first, number = world.reached()[0], world.ask["port"]
     listening = mine["listen"]
     if "fault" in listening:
-        other = (
-            f"pass another port: --master_port {number + 1}" if host is first else "free it, then ask again"
-        )
-        return fail(
-            listening["fault"], f"port {number} free" if host is first else "a port to listen on", other
-        )
+        if host is not first:
+            return fail(listening["fault"], "a port to listen on", "free it, then ask again")
+        other = f"pass another port: --master_port {number + 1}"
+        return fail(listening["fault"], f"port {number} free", other)
     if host is first:
         return good(f"{number} is free")
     opened = world.answers[first.name]["ports"]
@@ -95,13 +83,10 @@ ARRIVED = ("joined", "summed", "done")
 def rendezvous(world: World, host: Host, mine: dict[str, Any]) -> Cell:
     if mine["phase"] == "not tried":
         return Cell("skip", "not tried: the port comes first")
+    if mine["phase"] == "done" and mine["wrong"]:
+        repair = "the network or a device damages data: leave a host out"
+        return fail(mine["wrong"], "the sum over all ranks", repair)
     if mine["phase"] == "done":
-        if mine["wrong"]:
-            return fail(
-                mine["wrong"],
-                "the sum over all ranks",
-                "the network or a device damages data: leave a host out",
-            )
         return good(f"{len(world.reached())} ranks, {mine['backend']}")
     came = {name: one.get("came", one["phase"]) for name, one in world.values("rendezvous").items()}
     missing = [name for name, phase in came.items() if phase not in ("import", *ARRIVED)]
@@ -120,17 +105,15 @@ def bandwidth(world: World, host: Host, mine: dict[str, Any]) -> Cell:
     """Bytes/s on a host's link, and what that means for each way to share a model."""
     if not mine.get("bytes_per_second"):
         return Cell("skip", "no rendezvous")
-    speed = min(
-        one["bytes_per_second"] for one in world.values("rendezvous").values() if one.get("bytes_per_second")
-    )
+    speeds = [one.get("bytes_per_second") for one in world.values("rendezvous").values()]
+    speed = min(filter(None, speeds))
     infiniband = world.values("devices").get(host.name, {}).get("infiniband") or []
     way = "by InfiniBand" if mine["transport"] == "IB" else "by socket"
     found = f"{speed / 1e9:.1f} GB/s {way}" if speed >= 1e8 else f"{speed / 1e6:.0f} MB/s {way}"
     if infiniband and mine["transport"] != "IB" and mine["backend"] == "nccl":
         found += f", InfiniBand device {infiniband[0]} present but not used"
-        return warn(
-            found, "InfiniBand", f"unset NCCL_IB_DISABLE; export NCCL_IB_HCA={infiniband[0]}; ibv_devinfo"
-        )
+        repair = f"unset NCCL_IB_DISABLE; export NCCL_IB_HCA={infiniband[0]}; ibv_devinfo"
+        return warn(found, "InfiniBand", repair)
     waits = {name: payload / speed for name, payload in world.ask["traffic"].items()}
     told = ", ".join(f"{name} {seconds:.{0 if seconds >= 10 else 2}f}" for name, seconds in waits.items())
     stage = world.values("config").get(host.name, {}).get("stage")
@@ -141,6 +124,5 @@ def bandwidth(world: World, host: Host, mine: dict[str, Any]) -> Cell:
         return good(found)
     better = [name for name, seconds in waits.items() if seconds <= SLOW_SECONDS]
     advice = f"choose {listed(better)}" if better else "train on one host, or get a faster network"
-    return warn(
-        found, f"at most {SLOW_SECONDS:.0f} s", f"{advice}; or more --gradient_accumulation_steps with ZeRO-1"
-    )
+    advice += "; or more --gradient_accumulation_steps with ZeRO-1"
+    return warn(found, f"at most {SLOW_SECONDS:.0f} s", advice)

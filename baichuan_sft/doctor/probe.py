@@ -5,9 +5,12 @@ The process ends when its input does: with the doctor, with ssh, or when nobody 
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -15,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from baichuan_sft.doctor import network
+from baichuan_sft import machine
 from baichuan_sft.doctor.facts import FACTS, existing
 from baichuan_sft.errors import first_line
 
@@ -41,12 +44,32 @@ def wait_for_others(ask: dict[str, Any]) -> None:
     """Listen, and leave a file in the output directory, until the input ends."""
     mark = leave_mark(ask) if ask.get("output") else None
     try:
-        ports = [network.open_port(port, ask["nonce"]) for port in ask["ports"]]
+        ports = [open_port(port, ask["nonce"]) for port in ask["ports"]]
         say({"ports": ports, "mark": str(mark) if mark else None})
         INPUT_ENDED.wait()
     finally:
         if mark:
             mark.unlink(missing_ok=True)
+
+
+def open_port(port: int, nonce: str) -> dict[str, Any]:
+    """Listen in the background, and say the nonce: ``port``, or ``fault`` with the process that holds it."""
+    try:
+        server = machine.listen(port)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            return {"fault": f"port {port} is held by {machine.holder(port)}"}
+        return {"fault": f"port {port}: {error.strerror}"}
+    threading.Thread(target=answer_all, args=(server, nonce), daemon=True).start()
+    return {"port": server.getsockname()[1]}
+
+
+def answer_all(server: socket.socket, nonce: str) -> None:
+    while True:
+        with contextlib.suppress(OSError):
+            line, _ = server.accept()
+            with line:
+                line.sendall(nonce.encode())
 
 
 def leave_mark(ask: dict[str, Any]) -> Path | None:
@@ -61,7 +84,7 @@ def leave_mark(ask: dict[str, Any]) -> Path | None:
 def look_for_others(ask: dict[str, Any]) -> None:
     """Connect to the others, and look for the file of the first."""
     seen = Path(ask["mark"]).exists() if ask.get("mark") else None
-    say({"reached": network.reach_all(ask["targets"], ask["nonce"]), "seen": seen})
+    say({"reached": machine.reach_all(ask["targets"], ask["nonce"]), "seen": seen})
 
 
 def join_others(ask: dict[str, Any]) -> None:
@@ -73,12 +96,7 @@ def join_others(ask: dict[str, Any]) -> None:
         say({"phase": "failed", "fault": f"{type(error).__name__}: {first_line(error)}"})
 
 
-MODES = {
-    "facts": tell_facts,
-    "listen": wait_for_others,
-    "connect": look_for_others,
-    "rendezvous": join_others,
-}
+MODES = dict(facts=tell_facts, listen=wait_for_others, connect=look_for_others, rendezvous=join_others)
 INPUT_ENDED = threading.Event()
 
 

@@ -31,13 +31,10 @@ def join(ask: dict[str, Any], say: Callable[[dict[str, Any]], None]) -> dict[str
     say({"phase": "import"})
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     try:
-        dist.init_process_group(
-            backend,
-            init_method=f"tcp://{bracketed(ask['address'])}:{ask['port']}",
-            rank=ask["rank"],
-            world_size=ask["world"],
-            timeout=timedelta(seconds=ask["seconds"]),
-        )
+        host = f"[{ask['address']}]" if ":" in ask["address"] else ask["address"]  # IPv6, as a URL has it
+        world = {"rank": ask["rank"], "world_size": ask["world"]}
+        limit = timedelta(seconds=ask["seconds"])
+        dist.init_process_group(backend, f"tcp://{host}:{ask['port']}", timeout=limit, **world)
         say({"phase": "joined"})
         device = torch.device("cuda", 0) if backend == "nccl" else torch.device("cpu")
         wrong = check_sum(torch, dist, device, ask)
@@ -45,21 +42,11 @@ def join(ask: dict[str, Any], say: Callable[[dict[str, Any]], None]) -> dict[str
         speed = bandwidth(torch, dist, device, backend) if ask["world"] > 1 else None
         dist.barrier()
         dist.destroy_process_group()
-        return {
-            "phase": "done",
-            "backend": backend,
-            "wrong": wrong,
-            "bytes_per_second": speed,
-            "transport": transport(log, backend),
-        }
+        found = {"backend": backend, "wrong": wrong, "transport": transport(log, backend)}
+        return {"phase": "done", "bytes_per_second": speed, **found}
     finally:
         log.unlink(missing_ok=True)
         log.parent.rmdir()
-
-
-def bracketed(address: str) -> str:
-    """An IPv6 address as a URL has it."""
-    return f"[{address}]" if ":" in address else address
 
 
 def check_sum(torch: Any, dist: Any, device: Any, ask: dict[str, Any]) -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from baichuan_sft.doctor.cells import Cell, command, fail, gib, good, listed, place, shell, usual, warn
-from baichuan_sft.doctor.facts import NETWORK_KINDS
 from baichuan_sft.doctor.rounds import World
 from baichuan_sft.hosts import Host
+from baichuan_sft.machine import NETWORK_DISKS
 
 MAX_SKEW = 2.0  # seconds: above, names and ages of files made on two hosts contradict each other
 SHM_ENOUGH, SHM_LEAST = 1 << 30, 128 << 20  # NCCL between the ranks of a host; containers begin with 64 MiB
@@ -18,33 +19,27 @@ BUSY_MIB = 1024  # on a GPU before training: more than a desktop or a context ta
 
 def devices(world: World, host: Host, mine: dict[str, Any]) -> Cell:
     gpus, slots = mine["gpus"], host.slots
+    smi = partial(command, world, host, "nvidia-smi")
     someone = any(one["gpus"] for one in world.values("devices").values())
     if mine["fault"]:
-        return fail(mine["fault"], f"{slots or 'the'} GPUs", command(world, host, "nvidia-smi"))
+        return fail(mine["fault"], f"{slots or 'the'} GPUs", smi())
     if not gpus and someone:
         return fail("no GPU", "a GPU, as on the other hosts", f"delete {place(world, host)}")
     if not gpus:
         return good(f"no GPU: trains on the CPU, {mine['cores']} cores")
     if slots > len(gpus):
-        fewer = f"write slots={len(gpus)} on {place(world, host)}"
-        return fail(f"{len(gpus)} GPUs", f"slots={slots}", fewer)
+        return fail(f"{len(gpus)} GPUs", f"slots={slots}", f"write slots={len(gpus)} on {place(world, host)}")
     damaged = [gpu["name"] for gpu in gpus if gpu.get("ecc_errors", "0").isdigit() and int(gpu["ecc_errors"])]
     if damaged:
-        return fail(
-            f"{damaged[0]}: memory errors", "none", command(world, host, "nvidia-smi", "-q", "-d", "ECC")
-        )
+        return fail(f"{damaged[0]}: memory errors", "none", smi("-q", "-d", "ECC"))
     busy = [gpu for gpu in gpus if gpu["used_mib"].isdigit() and int(gpu["used_mib"]) > BUSY_MIB]
     if busy:
         pids = [row["pid"] for row in mine.get("busy", [])]
         who = f", process {listed(pids)}" if pids else ""
-        repair = command(world, host, "kill", *pids) if pids else command(world, host, "nvidia-smi")
+        repair = command(world, host, "kill", *pids) if pids else smi()
         return fail(f"{len(busy)} GPUs in use ({busy[0]['used_mib']} MiB{who})", "free GPUs", repair)
     if any(gpu.get("mig") == "Enabled" for gpu in gpus):
-        return warn(
-            "MIG is on: each rank has a part of a GPU",
-            "whole GPUs",
-            command(world, host, "nvidia-smi", "-mig", "0"),
-        )
+        return warn("MIG is on: each rank has a part of a GPU", "whole GPUs", smi("-mig", "0"))
     return good(f"{len(gpus)} x {gpus[0]['name']}")
 
 
@@ -57,9 +52,8 @@ def precision(world: World, host: Host, mine: dict[str, Any]) -> Cell:
     if lowest < 8.0:
         return warn(f"compute capability {lowest}: no bf16", "8.0 or more", "pass --fp16 True")
     if kinds[host.name] != usual(kinds):
-        return warn(
-            kinds[host.name], usual(kinds), "the slowest GPU sets the pace: hosts of one kind train faster"
-        )
+        advice = "the slowest GPU sets the pace: hosts of one kind train faster"
+        return warn(kinds[host.name], usual(kinds), advice)
     return good("bf16")
 
 
@@ -83,18 +77,14 @@ def disk(world: World, host: Host, mine: dict[str, Any]) -> Cell:
         return good(f"{room}{f', needs {gib(needed)}' if needed else ''}")
     why = "checkpoints and result" if needed else "any run"
     repair = "choose another --output_dir, a smaller --save_total_limit, or free it: "
-    return fail(
-        room,
-        f"{gib(needed or 2**30)} for {why}",
-        repair + command(world, host, "du", "-xh", "-d1", mine["path"]),
-    )
+    repair += command(world, host, "du", "-xh", "-d1", mine["path"])
+    return fail(room, f"{gib(needed or 2**30)} for {why}", repair)
 
 
 def output(world: World, host: Host, mine: dict[str, Any]) -> Cell:
     if mine["refused"]:
-        return fail(
-            f"{mine['path']}: {mine['refused']}", "writable", command(world, host, "ls", "-ld", mine["path"])
-        )
+        repair = command(world, host, "ls", "-ld", mine["path"])
+        return fail(f"{mine['path']}: {mine['refused']}", "writable", repair)
     seen = world.answers[host.name].get("ports", {}).get("seen")
     if len(world.hosts) == 1 or seen is None:
         return good(f"writable ({mine['kind']})")
@@ -102,16 +92,14 @@ def output(world: World, host: Host, mine: dict[str, Any]) -> Cell:
         return good(f"shared ({mine['kind']})")
     first = world.reached()[0].name
     found = f"{mine['path']} is not the directory of {first} ({mine['kind']})"
-    return warn(
-        found, "one directory for all hosts", "choose an --output_dir on a file system that all hosts mount"
-    )
+    repair = "choose an --output_dir on a file system that all hosts mount"
+    return warn(found, "one directory for all hosts", repair)
 
 
 def shm(world: World, host: Host, mine: dict[str, int]) -> Cell:
     size = f"/dev/shm has {mine['bytes'] / 2**20:,.0f} MiB"
-    repair = (
-        command(world, host, "mount", "-o", "remount,size=16g", "/dev/shm") + " (docker run --shm-size=16g)"
-    )
+    repair = command(world, host, "mount", "-o", "remount,size=16g", "/dev/shm")
+    repair += " (docker run --shm-size=16g)"
     if mine["bytes"] < SHM_LEAST and host.slots > 1:
         return fail(size, "128 MiB at least, for ranks of one host", repair)
     if mine["bytes"] < SHM_ENOUGH:
@@ -144,7 +132,7 @@ def clock(world: World, host: Host, mine: dict[str, float]) -> Cell:
 
 def caches(world: World, host: Host, mine: dict[str, list[str]]) -> Cell:
     for name, (path, kind) in mine.items():
-        if NETWORK_KINDS.match(kind):
+        if NETWORK_DISKS.match(kind):
             repair = f"export {name}=/var/tmp/$USER/{name.lower()} before the run"
             return warn(f"{name} is {path}, on {kind}", "a disk of the host's own: locks hold there", repair)
     return good("on a disk of its own")

@@ -7,8 +7,8 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from baichuan_sft.doctor.sessions import CONNECT_SECONDS, Ask, Session, is_local, sessions
-from baichuan_sft.hosts import Host
+from baichuan_sft.doctor.sessions import CONNECT_SECONDS, Ask, sessions
+from baichuan_sft.hosts import Host, is_local
 
 SHELL_SECONDS = CONNECT_SECONDS + 2.0
 FACTS_SECONDS = 120.0  # a driver that sleeps, large files on a slow disk
@@ -62,17 +62,12 @@ def ask_facts(world: World, facts: list[str]) -> None:
             session = opened[host.name]
             shell = session.next(start + SHELL_SECONDS)
             answer = session.next(start + FACTS_SECONDS) if shell else None
-            mine = world.answers[host.name] = {"ssh": {"local": is_local(host), "shell": bool(shell)}}
+            mine = world.answers[host.name] = {"ssh": {"local": is_local(host)}}
             if answer:
                 mine.update(answer["facts"], clock={"skew": answer["clock"] - answer["arrived"]})
             else:
                 seconds = FACTS_SECONDS if shell else SHELL_SECONDS
-                mine["ssh"]["said"] = last_words(session) or [f"no answer in {seconds:.0f} s"]
-
-
-def last_words(session: Session) -> list[str]:
-    """What a host printed, after the probe is gone or given up."""
-    return [line for line in session.said if line]
+                mine["ssh"]["said"] = list(filter(None, session.said)) or [f"no answer in {seconds:.0f} s"]
 
 
 def try_ports(world: World) -> None:
@@ -83,23 +78,20 @@ def try_ports(world: World) -> None:
     common = {"nonce": nonce, "limit": int(PORTS_SECONDS) * 2, "output": world.ask.get("output")}
 
     def listen(host: Host) -> Ask:
-        own = host is first
-        kept = {**common, "output": common["output"] if own else None}
-        return {**kept, "mode": "listen", "ports": [world.ask["port"]] if own else [0]}
+        own = {"ports": [world.ask["port"]]} if host is first else {"ports": [0], "output": None}
+        return {**common, "mode": "listen", **own}
 
     with sessions(hosts, listen) as listening:
         heard = {name: session.next(end) and session.next(end) for name, session in listening.items()}
-        opened = {
-            name: (one or {"ports": [{"fault": "no answer"}]})["ports"][0] for name, one in heard.items()
-        }
+        silent = {"ports": [{"fault": "no answer"}]}
+        opened = {name: (one or silent)["ports"][0] for name, one in heard.items()}
         there = [(host, opened[host.name]["port"]) for host in others if "port" in opened[host.name]]
         addresses = sorted(world.answers[first.name].get("names", {}).get("interfaces", {}).values())
 
         def connect(host: Host) -> Ask:
-            to_first = [[name, world.ask["port"]] for name in (first.name, *addresses)]
-            targets = (
-                to_first[:1] + [[other.name, port] for other, port in there] if host is first else to_first
-            )
+            targets = [[name, world.ask["port"]] for name in (first.name, *addresses)]
+            if host is first:
+                targets = targets[:1] + [[other.name, port] for other, port in there]
             mark = (heard[first.name] or {}).get("mark")
             return {**common, "mode": "connect", "targets": targets, "mark": mark}
 
@@ -108,12 +100,8 @@ def try_ports(world: World) -> None:
                 session = connecting[host.name]
                 answer = (session.next(end) and session.next(end)) or {"reached": [], "seen": None}
                 names = [target for target, _ in connect(host)["targets"]]
-                reached = dict(zip(names, answer["reached"]))
-                world.answers[host.name]["ports"] = {
-                    "listen": opened[host.name],
-                    "reached": reached,
-                    "seen": answer["seen"],
-                }
+                ports = {"listen": opened[host.name], "reached": dict(zip(names, answer["reached"]))}
+                world.answers[host.name]["ports"] = {**ports, "seen": answer["seen"]}
 
 
 def meeting_point(world: World) -> str | None:

@@ -21,22 +21,14 @@ Verdict = Callable[[World, Host, Any], Cell]
 # What ssh says, what it means and what to do; the first that fits counts.
 SSH_FAULTS = (
     ("IDENTIFICATION HAS CHANGED", "the host's key has changed", "ssh-keygen -R {name}"),
-    (
-        "Host key verification failed",
-        "its key is not in known_hosts",
-        "ssh-keyscan{port} {name} >>~/.ssh/known_hosts",
-    ),
+    ("Host key verif", "its key is not in known_hosts", "ssh-keyscan{port} {name} >>~/.ssh/known_hosts"),
     ("Permission denied", "the key is not accepted there", "ssh-copy-id{port} {user}{name}"),
     ("Connection refused", "nobody listens on port {number}", "start sshd there, or write port= on its line"),
     ("timed out|no answer", "no answer in {seconds} s", "ping {name}; nc -z {name} {number} (a firewall?)"),
     ("No route|unreachable", "no way there", "ip route get {name}"),
     ("Could not resolve|not known", "its name is not known here", "getent hosts {name}; correct its line"),
     ("can't cd|cd: ", "no directory {workdir} there", "copy it there, or write workdir= on its line"),
-    (
-        "No module named .?baichuan_sft",
-        "the package is not there",
-        "pip install -e . there, or write workdir=",
-    ),
+    ("No module named .?baichuan", "the package is not there", "pip install -e . there, or write workdir="),
     ("not found|No such file", "no Python {python} there", "install it there, or write python= on its line"),
 )
 
@@ -63,34 +55,27 @@ def ssh(world: World, host: Host, mine: dict[str, Any]) -> Cell:
 def same_machine(world: World, host: Host, mine: str) -> Cell:
     for other in world.hosts[: world.hosts.index(host)]:
         if world.values("identity").get(other.name) == mine:
-            found = f"the same machine as {place(world, other)}"
-            return fail(
-                found, "a host once", f"delete {place(world, host)}; its slots belong to {other.name}"
-            )
+            repair = f"delete {place(world, host)}; its slots belong to {other.name}"
+            return fail(f"the same machine as {place(world, other)}", "a host once", repair)
     return good("a machine of its own")
 
 
 def versions(world: World, host: Host, mine: dict[str, str]) -> Cell:
     everyone = world.values("versions")
     names = list(dict.fromkeys(name for one in everyone.values() for name in one))
-    wanted = {
-        name: usual({host: one.get(name, "not installed") for host, one in everyone.items()})
-        for name in names
-    }
-    wrong = [name for name in names if mine.get(name, "not installed") != wanted[name]]
+    held = {host: {**dict.fromkeys(names, "not installed"), **one} for host, one in everyone.items()}
+    wanted = {name: usual({host: one[name] for host, one in held.items()}) for name in names}
+    wrong = [name for name in names if held[host.name][name] != wanted[name]]
     if not wrong:
         return good(f"python {mine['python']}, torch {mine.get('torch')}")
-    found = listed([f"{name} {mine.get(name, 'not installed')}" for name in wrong])
+    found = listed([f"{name} {held[host.name][name]}" for name in wrong])
     expected = listed([f"{name} {wanted[name]}" for name in wrong])
     if "python" in wrong:
-        return fail(
-            found, expected, f"write python= on {place(world, host)}, a Python {wanted['python']} there"
-        )
+        repair = f"write python= on {place(world, host)}, a Python {wanted['python']} there"
+        return fail(found, expected, repair)
     executable = world.answers[host.name]["python"]["executable"]
-    packages = [
-        f"{f'nvidia-{name}' if name in ('nccl', 'cuda-runtime') else name}=={wanted[name].split('+')[0]}"
-        for name in wrong
-    ]
+    nvidia = {"nccl": "nvidia-nccl", "cuda-runtime": "nvidia-cuda-runtime"}
+    packages = [f"{nvidia.get(name, name)}=={wanted[name].split('+')[0]}" for name in wrong]
     return fail(found, expected, command(world, host, executable, "-m", "pip", "install", *packages))
 
 
@@ -118,5 +103,6 @@ def same_files(fact: str) -> Verdict:
 def whole(world: World, host: Host, fact: str, name: str) -> str:
     """What to copy: the directory that holds the files, or the file that the user named."""
     answers = world.answers[host.name]
-    folder, file = (answers[fact].get("path"), "") if "path" in answers[fact] else ("", name)
-    return os.path.join(folder or answers["python"]["workdir"], file)
+    if "path" in answers[fact]:
+        return os.path.join(answers[fact]["path"], "")
+    return os.path.join(answers["python"]["workdir"], name)

@@ -3,46 +3,31 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
-import os
 import queue
 import subprocess
-import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from baichuan_sft.doctor.network import is_this_machine
 from baichuan_sft.doctor.probe import MARK
-from baichuan_sft.hosts import Host, ssh_words
+from baichuan_sft.hosts import Host, module_words
 
 Ask = dict[str, Any]
-PROBE = ["-m", "baichuan_sft.doctor.probe"]
 CONNECT_SECONDS = 10
 CLOSE_SECONDS = 3.0
 # The shell's own line says that ssh works, whatever becomes of Python; the module is found from there.
 SHELL = ["sh", "-c", 'echo "$0"; cd -- "$1" && shift && exec "$@"', MARK + '{"shell": true}']
 
 
-@functools.cache  # a name that nobody knows is slow to look up
-def is_local(host: Host) -> bool:
-    """Whether it can be asked without ssh: this machine, as this user."""
-    return host.port is None and host.user is None and is_this_machine(host.name)
-
-
 def probe_words(host: Host) -> list[str]:
     """Argv that starts the probe on a host, in its working directory."""
-    words = [*SHELL, host.workdir or os.getcwd()]
-    python = [host.python or sys.executable, *PROBE]
-    if is_local(host):
-        return [*words, *python]
-    if path := os.environ.get("PYTHONPATH"):
-        python = ["env", f"PYTHONPATH={path}", *python]
-    ssh, *rest = ssh_words(host, [*words, *python])
-    return [ssh, "-o", f"ConnectTimeout={CONNECT_SECONDS}", *rest]  # ssh keeps the first value it is given
+    first, *rest = module_words(host, "baichuan_sft.doctor.probe", SHELL)
+    # ssh keeps the first value it is given
+    return [first, *(["-o", f"ConnectTimeout={CONNECT_SECONDS}"] if first == "ssh" else []), *rest]
 
 
 class Session:
@@ -53,17 +38,12 @@ class Session:
     """
 
     def __init__(self, host: Host, ask: Ask) -> None:
-        self.host = host
         self.said: deque[str] = deque(maxlen=20)
         self.ended = False  # no answer will come any more
         self.answers: queue.Queue[Ask | None] = queue.Queue()  # None: no more will come
+        words, pipe = probe_words(host), subprocess.PIPE
         self.process = subprocess.Popen(
-            probe_words(host),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
+            words, stdin=pipe, stdout=pipe, stderr=pipe, text=True, errors="replace"
         )
         assert self.process.stdin and self.process.stdout and self.process.stderr
         self.input, self.output, self.errors = self.process.stdin, self.process.stdout, self.process.stderr
@@ -118,8 +98,5 @@ def sessions(hosts: list[Host], ask_of: Callable[[Host], Ask]) -> Iterator[dict[
             opened[host.name] = Session(host, ask_of(host))
         yield opened
     finally:
-        closing = [threading.Thread(target=session.close) for session in opened.values()]
-        for thread in closing:
-            thread.start()
-        for thread in closing:
-            thread.join()
+        with ThreadPoolExecutor(max(1, len(opened))) as pool:
+            list(pool.map(Session.close, opened.values()))

@@ -17,9 +17,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from baichuan_sft import ops_cache
-from baichuan_sft.launch import net
-from baichuan_sft.launch.facts import facts
+from baichuan_sft import machine, ops_cache
+from baichuan_sft.doctor.facts import BLOCK, code, fingerprint, package_versions, together
 from baichuan_sft.launch.ranks import MARK, Rank, leaders, oom_kills, sweep
 from baichuan_sft.launch.wire import Wire
 
@@ -64,25 +63,31 @@ class Agent:
         pass
 
     def do_hello(self, run_id: str, silence: float, files: list[str]) -> None:
+        """Which machine this is, how ssh reached it, and what must be equal on all hosts."""
         self.run_id, self.silence = run_id, silence
-        self.event("hello", **facts(files))
+        connection = os.environ.get("SSH_CONNECTION", "").split()
+        address = connection[2] if len(connection) == 4 else None
+        same = package_versions() | {"baichuan_sft": code({})["digest"]}
+        same |= {f"file {name}": digest(Path(name)) for name in files}
+        self.event("hello", identity=machine.identity(), address=address, same=same)
 
     def do_listen(self, port: int, nonce: str) -> None:
         """Hold a port that the other hosts try to reach, until the ranks start."""
         try:
-            self.listener = net.listen(port)
+            self.listener = machine.listen(port)
         except OSError as error:
-            self.event(
-                "refused", message=f"port {port}: {os.strerror(error.errno or 0)}, by {net.holder(port)}"
-            )
+            why = f"{os.strerror(error.errno or 0)}, by {machine.holder(port)}"
+            self.event("refused", message=f"port {port}: {why}")
             return
         self.nonce = nonce
-        self.event("listening", port=self.listener.getsockname()[1], addresses=net.interfaces())
+        self.event("listening", port=self.listener.getsockname()[1], addresses=machine.interfaces())
 
     def do_reach(self, name: str, addresses: list[str], port: int, nonce: str) -> None:
-        own = net.reach([*net.resolve(name), *addresses], port, nonce)
-        found = {address: (mine, net.interface_of(mine)) for address, mine in own.items()}
-        self.event("reached", found=found, resolved=net.resolve(name))
+        resolved = machine.resolve(name)
+        asked = list(dict.fromkeys([*resolved, *addresses]))
+        answers = zip(asked, machine.reach_all([(address, port) for address in asked], nonce))
+        found = {address: machine.interface_of(one["own"]) for address, one in answers if "own" in one}
+        self.event("reached", found=found, resolved=resolved)
 
     def do_start(
         self, command: list[str], environment: dict[str, str], ranks: list[int], log_dir: str
@@ -104,8 +109,7 @@ class Agent:
         except OSError as error:  # of its disk, or of its limits
             self.event("refused", message=f"cannot start: {error}")
             return
-        pids = {rank.number: rank.process.pid for rank in self.ranks}
-        self.event("started", pids=pids, locks_removed=removed)
+        self.event("started", locks_removed=removed)
 
     def _start_ranks(
         self, command: list[str], environment: dict[str, str], ranks: list[int], log_dir: Path
@@ -172,6 +176,19 @@ class Agent:
             rank.remove_status()
         left = sweep(self.run_id)
         self.event("ended", killed=ended, left=left)
+
+
+def digest(path: Path) -> str:
+    """Of a file's two ends, or of what a directory holds; training itself hashes all data."""
+    try:
+        if path.is_dir():
+            inner = {child.name: digest(child) for child in path.iterdir() if child.is_file()}
+            return f"{len(inner)} files, sha256 {together(inner)}"
+        return fingerprint(path, blocks=2, whole=2 * BLOCK)
+    except FileNotFoundError:
+        return "missing"
+    except OSError as error:
+        return error.strerror or type(error).__name__
 
 
 def main() -> None:

@@ -7,10 +7,13 @@ import contextlib
 import os
 import resource
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import yaml
 
+from baichuan_sft.arguments import at_least_1, number
 from baichuan_sft.errors import UserError, pick
 from baichuan_sft.hosts import Host, read_hostfile
 from baichuan_sft.launch import modes
@@ -27,7 +30,24 @@ MODES = {
 # What a run reads on every host, by the flags that name it.
 READ_FLAGS = ("data_path", "eval_data_path", "model_name_or_path", "deepspeed", "config")
 
+HOSTFILE = "lines of 'HOST slots=NUMBER', see hostfile.example; without: this machine"
 RESTARTS = "after a failure that may pass, go on from the last checkpoint on the hosts left, N times in all"
+whole = number(int, "a whole number from 0", lambda n: n >= 0)
+port = number(int, "a port (1 to 65535)", lambda n: 0 < n < 65536)
+# flag, what its value is called, what reads it, its default, its help
+FLAGS: tuple[tuple[str, str, Callable[[str], Any], Any, str], ...] = (
+    ("hostfile", "FILE", str, None, HOSTFILE),
+    ("num_processes", "N", at_least_1, None, "without --hostfile: processes here; default its GPUs, or 1"),
+    ("mode", "MODE", str, "ssh", f"{', '.join(MODES)}; default ssh"),
+    ("max_restarts", "N", whole, 0, RESTARTS),
+    ("master_addr", "ADDRESS", str, None, "of the first host; default: found, as the others reach it"),
+    ("master_port", "PORT", port, 0, "on the first host; default: a free one"),
+    ("log_dir", "DIR", str, None, "one log per rank, on its host; default OUTPUT_DIR/logs"),
+    ("peer_timeout", "SECONDS", at_least_1, 20, "silence after which a host is lost; 20"),
+    ("node_rank", "K", whole, None, "with --mode torchrun: run the command of host K (from 0) here"),
+)
+ENV = "pass this environment variable on too; repeatable"
+DRY_RUN = "print the plan and the exact command per host, start nothing"
 
 EXAMPLE = """modes:
 {modes}
@@ -49,16 +69,14 @@ def main(argv: list[str]) -> int:
         the exit code: 0 only where every rank ended with 0.
     """
     args = build_parser().parse_args(argv)
-    hosts = hosts_of(args)
-    command = rank_command(args.command, args.flags)
     known = with_config(args.flags)
-    directory = args.log_dir or str(Path(flag(known, "output_dir") or "launch") / "logs")
+    columns = str(shutil.get_terminal_size((100, 24)).columns)
     job = Job(
-        hosts=hosts,
-        command=command,
-        environment=forwarded(os.environ, args.env) | {"PYTHONUNBUFFERED": "1", "COLUMNS": columns()},
+        hosts=hosts_of(args),
+        command=rank_command(args.command, args.flags),
+        environment=forwarded(os.environ, args.env) | {"PYTHONUNBUFFERED": "1", "COLUMNS": columns},
         files=files_of(known),
-        log_dir=directory,
+        log_dir=args.log_dir or str(Path(flag(known, "output_dir") or "launch") / "logs"),
         address=args.master_addr,
         port=args.master_port,
         rendezvous_seconds=seconds(flag(known, "rendezvous_timeout")),
@@ -90,46 +108,12 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    add = parser.add_argument
-    add(
-        "--hostfile",
-        metavar="FILE",
-        help="lines of 'HOST slots=NUMBER', see hostfile.example; without: this machine",
-    )
-    add(
-        "--num_processes",
-        type=positive,
-        metavar="N",
-        help="without --hostfile: processes here; default its GPUs, or 1",
-    )
-    add("--mode", default="ssh", metavar="MODE", help=f"{', '.join(MODES)}; default ssh")
-    add("--dry_run", action="store_true", help="print the plan and the exact command per host, start nothing")
-    add("--max_restarts", type=whole, default=0, metavar="N", help=RESTARTS)
-    add("--master_addr", metavar="ADDRESS", help="of the first host; default: found, as the others reach it")
-    add("--master_port", type=port, default=0, metavar="PORT", help="on the first host; default: a free one")
-    add(
-        "--env",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="pass this environment variable on too; repeatable",
-    )
-    add("--log_dir", metavar="DIR", help="one log per rank, on its host; default OUTPUT_DIR/logs")
-    add(
-        "--peer_timeout",
-        type=positive,
-        default=20,
-        metavar="SECONDS",
-        help="silence after which a host is lost; 20",
-    )
-    add(
-        "--node_rank",
-        type=whole,
-        metavar="K",
-        help="with --mode torchrun: run the command of host K (from 0) here",
-    )
-    add("command", metavar="train", help="'train', or a script of yours (*.py)")
-    add("flags", nargs=argparse.REMAINDER, help="its flags")
+    for name, metavar, kind, default, text in FLAGS:
+        parser.add_argument(f"--{name}", metavar=metavar, type=kind, default=default, help=text)
+    parser.add_argument("--env", action="append", default=[], metavar="NAME", help=ENV)
+    parser.add_argument("--dry_run", action="store_true", help=DRY_RUN)
+    parser.add_argument("command", metavar="train", help="'train', or a script of yours (*.py)")
+    parser.add_argument("flags", nargs=argparse.REMAINDER, help="its flags")
     return parser
 
 
@@ -139,9 +123,8 @@ def hosts_of(args: argparse.Namespace) -> list[Host]:
     if args.node_rank is not None and args.mode != "torchrun":
         raise UserError("--node_rank is for --mode torchrun; the other modes start every host themselves.")
     if args.max_restarts and args.mode != "ssh":
-        raise UserError(
-            f"--max_restarts needs --mode ssh; --mode {args.mode} does not see which hosts are left."
-        )
+        why = f"--mode {args.mode} does not see which hosts are left"
+        raise UserError(f"--max_restarts needs --mode ssh; {why}.")
     if args.mode == "slurm" and args.hostfile is not None:
         raise UserError("--mode slurm takes the hosts of the allocation; leave --hostfile out.")
     if args.hostfile is None:
@@ -150,9 +133,8 @@ def hosts_of(args: argparse.Namespace) -> list[Host]:
         raise UserError("--num_processes and --hostfile contradict: slots= in the hostfile says how many.")
     hosts = read_hostfile(args.hostfile)
     if args.node_rank is not None and args.node_rank >= len(hosts):
-        raise UserError(
-            f"--node_rank {args.node_rank}: {args.hostfile} has {len(hosts)} hosts, counted from 0."
-        )
+        held = f"{args.hostfile} has {len(hosts)} hosts"
+        raise UserError(f"--node_rank {args.node_rank}: {held}, counted from 0.")
     return hosts
 
 
@@ -206,25 +188,3 @@ def files_of(flags: list[str]) -> list[str]:
     """Files and directories that the flags name and every host reads."""
     named = [path for name in READ_FLAGS for path in (flag(flags, name) or "").split(",")]
     return [path for path in dict.fromkeys(named) if path and Path(path).exists()]
-
-
-def columns() -> str:
-    return str(shutil.get_terminal_size((100, 24)).columns)
-
-
-def whole(text: str) -> int:
-    if not text.isascii() or not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0")
-    return int(text)
-
-
-def positive(text: str) -> int:
-    if whole(text) == 0:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return int(text)
-
-
-def port(text: str) -> int:
-    if not 0 < whole(text) < 65536:
-        raise argparse.ArgumentTypeError(f"{text} is not a port (1 to 65535)")
-    return int(text)

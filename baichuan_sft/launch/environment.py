@@ -7,33 +7,12 @@ from collections.abc import Iterable, Mapping
 
 from baichuan_sft.errors import UserError
 
-# prefix -> goes along; PATH and the like by their full names
+# What goes along, by its beginning and by its full name.
 PREFIXES = (
-    "NCCL_",
-    "GLOO_",
-    "HF_",
-    "TORCH_",
-    "TORCHINDUCTOR_",
-    "CUDA_",
-    "OMP_",
-    "PYTHON",
-    "BAICHUAN_SFT_",
-    "TOKENIZERS_",
-    "DS_",
-    "TRITON_",
-    "LANG",
-    "LC_",
+    *("NCCL_", "GLOO_", "HF_", "TORCH_", "TORCHINDUCTOR_", "CUDA_", "OMP_", "PYTHON"),
+    *("BAICHUAN_SFT_", "TOKENIZERS_", "DS_", "TRITON_", "LANG", "LC_"),
 )
-NAMES = (
-    "PATH",
-    "LD_LIBRARY_PATH",
-    "http_proxy",
-    "https_proxy",
-    "no_proxy",
-    "HTTP_PROXY",
-    "HTTPS_PROXY",
-    "NO_PROXY",
-)
+NAMES = "PATH LD_LIBRARY_PATH http_proxy https_proxy no_proxy HTTP_PROXY HTTPS_PROXY NO_PROXY".split()
 # Set for each rank anew: a value from an outer launcher would send ranks to another run.
 OWN = ("BAICHUAN_SFT_WORLD", "BAICHUAN_SFT_STATUS", "BAICHUAN_SFT_RUN", "BAICHUAN_SFT_LAUNCH")
 SECRET = re.compile(r"TOKEN(?!IZERS)|KEY|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)

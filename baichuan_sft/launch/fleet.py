@@ -13,34 +13,14 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import IO, Any
 
 from baichuan_sft.errors import EnvironmentFault
-from baichuan_sft.hosts import Host, ssh_words
-from baichuan_sft.launch import net
+from baichuan_sft.hosts import Host, is_local, login_words, module_words
 from baichuan_sft.launch.wire import Message, Wire
 
-AGENT = ["-m", "baichuan_sft.launch.agent"]
-# A module is found from the directory, whatever login shell reads the line.
-IN_DIRECTORY = ["sh", "-c", 'cd -- "$1" && shift && exec "$@"', "sh"]
-
-
-def is_local(host: Host) -> bool:
-    """Whether the agent can start without ssh: this machine, as this user."""
-    return host.port is None and host.user is None and net.is_this_machine(host.name)
-
-
-def agent_words(host: Host) -> tuple[list[str], str]:
-    """Argv that starts a host's agent, and the directory to start it in."""
-    workdir = host.workdir or os.getcwd()
-    words = [host.python or sys.executable, *AGENT]
-    if is_local(host):
-        return words, workdir
-    if path := os.environ.get("PYTHONPATH"):
-        words = ["env", f"PYTHONPATH={path}", *words]
-    return ssh_words(host, [*IN_DIRECTORY, workdir, *words]), os.getcwd()
+AGENT = "baichuan_sft.launch.agent"
 
 
 @dataclass
@@ -65,7 +45,7 @@ class Link:
 
 
 class Fleet:
-    """All links; `turn` moves bytes, `gather` waits until every host has answered."""
+    """All links, gone when closed; `turn` moves bytes, `gather` waits until every host has answered."""
 
     def __init__(self, hosts: list[Host], silence: float) -> None:
         self.silence = silence
@@ -128,6 +108,9 @@ class Fleet:
         for link in self.links:
             link.ask(do, **values)
 
+    def hello(self, files: list[str]) -> None:
+        self.ask("hello", run_id=self.run_id, silence=self.silence, files=files)
+
     def end(self, seconds: float) -> None:
         """Ask every agent to end its ranks and itself; one that does not answer ends by its own clock."""
         self.ask("end")
@@ -149,16 +132,10 @@ class Fleet:
 
 def open_link(host: Host, ranks: list[int]) -> Link:
     """Start a host's agent. It has a session of its own: a Ctrl-C on the terminal is the launcher's alone."""
-    words, directory = agent_words(host)
+    words, pipe = module_words(host, AGENT), subprocess.PIPE
     try:
         process = subprocess.Popen(
-            words,
-            cwd=directory,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            bufsize=0,
-            start_new_session=True,
+            words, stdin=pipe, stdout=pipe, stderr=pipe, bufsize=0, start_new_session=True
         )
     except FileNotFoundError as error:
         raise EnvironmentFault(f"{host.name}: {error.filename}: no such file") from None
@@ -184,11 +161,7 @@ def farewell(link: Link) -> str:
     last = said[-1] if said else ""
     if link.facts:
         return f"the connection to its agent ended ({last or f'exit code {code}'})"
-    host = link.host
-    ssh = shlex.join(
-        ["ssh", *(["-p", str(host.port)] if host.port else []), *(["-l", host.user] if host.user else [])]
-    )
-    python = host.python or sys.executable
+    host, python = link.host, link.host.python or sys.executable
     if "No module named" in last:
         return f"{python} there has no baichuan_sft; name python= or workdir= in the hostfile"
     if code in (126, 127):
@@ -196,15 +169,5 @@ def farewell(link: Link) -> str:
     if "cd:" in last:
         return f"no directory {host.workdir or os.getcwd()} there; name one with workdir= in the hostfile"
     if code == 255 and not is_local(host):
-        return f"{last or 'ssh failed'}; try: {ssh} {host.name} true"
+        return f"{last or 'ssh failed'}; try: {shlex.join(['ssh', *login_words(host), host.name, 'true'])}"
     return f"its agent did not start (exit code {code}): {last}"
-
-
-@contextlib.contextmanager
-def fleet_of(hosts: list[Host], silence: float) -> Iterator[Fleet]:
-    """The agents of ``hosts``, gone in any case at the end."""
-    fleet = Fleet(hosts, silence)
-    try:
-        yield fleet
-    finally:
-        fleet.close()

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from baichuan_sft.errors import EnvironmentFault
 from baichuan_sft.launch.fleet import Fleet
 from baichuan_sft.launch.wire import Message
+from baichuan_sft.machine import is_loopback
 
 HELLO_SECONDS = 25.0  # ssh's own limit is 15 s, and it knows more
 ANSWER_SECONDS = 15.0
@@ -45,18 +46,14 @@ def meet(fleet: Fleet, files: list[str], address: str | None, port: int) -> Meet
     Raises:
         EnvironmentFault: a host does not answer, is there twice, or differs; no address that all reach.
     """
-    greet(fleet, files, HELLO_SECONDS)
+    fleet.hello(files)
+    answers = fleet.gather("hello", HELLO_SECONDS)
+    for link in fleet.links:
+        link.facts = answers[link.name]
     require_distinct(fleet)
     require_alike(fleet)
     address, port, interfaces = agree(fleet, address, port)
     return Meeting(address, port, interfaces, f"{len(fleet.links)}:{fleet.world}", fleet.world)
-
-
-def greet(fleet: Fleet, files: list[str], seconds: float) -> None:
-    fleet.ask("hello", run_id=fleet.run_id, silence=fleet.silence, files=files)
-    answers = fleet.gather("hello", seconds)
-    for link in fleet.links:
-        link.facts = answers[link.name]
 
 
 def require_distinct(fleet: Fleet) -> None:
@@ -65,19 +62,19 @@ def require_distinct(fleet: Fleet) -> None:
     for link in fleet.links:
         first = seen.setdefault(link.facts["identity"], link.name)
         if first != link.name:
-            raise EnvironmentFault(
-                f"{first} and {link.name} are one machine; name it once, with all its slots"
-            )
+            both = f"{first} and {link.name}"
+            raise EnvironmentFault(f"{both} are one machine; name it once, with all its slots")
 
 
 def require_alike(fleet: Fleet) -> None:
     """Refuse hosts with other versions, code or files than the first: they would diverge in silence."""
     first, *others = fleet.links
+    wanted = first.facts["same"]
     faults = [
-        f"{link.name}: {what} is {theirs}, on {first.name} {first.facts['same'].get(what)}"
+        f"{link.name}: {what} is {theirs}, on {first.name} {wanted.get(what)}"
         for link in others
         for what, theirs in link.facts["same"].items()
-        if theirs != first.facts["same"].get(what)
+        if theirs != wanted.get(what)
     ]
     if faults:
         raise EnvironmentFault("the hosts are not alike, make them so\n" + "\n".join(faults))
@@ -102,15 +99,13 @@ def agree(fleet: Fleet, address: str | None, port: int) -> tuple[str, int, dict[
     if common is None:
         raise EnvironmentFault("\n".join(unreached(first.name, port, candidates, answers)))
     owner = next((name for name, each in held if each == common), None)
-    interfaces = {name: answer["found"][common][1] for name, answer in answers.items()}
+    interfaces = {name: answer["found"][common] for name, answer in answers.items()}
     return common, port, {first.name: owner, **interfaces}
 
 
 def usable(addresses: list[str | None]) -> list[str]:
     """Without loopback: 127.0.1.1, as Debian's /etc/hosts has it, leads every host to itself."""
-    return list(
-        dict.fromkeys(each for each in addresses if each and not each.startswith("127.") and each != "::1")
-    )
+    return list(dict.fromkeys(each for each in addresses if each and not is_loopback(each)))
 
 
 def choose(candidates: list[str], answers: Mapping[str, Message]) -> str | None:
@@ -122,11 +117,9 @@ def choose(candidates: list[str], answers: Mapping[str, Message]) -> str | None:
 
 def unreached(first: str, port: int, candidates: list[str], answers: Mapping[str, Message]) -> list[str]:
     """One line per host that reaches no address of the first."""
-    lines = []
-    for name, answer in answers.items():
-        reached = ", ".join(answer["found"]) or "none"
-        lines.append(
-            f"{name}: cannot reach {first} at one address with all others, port {port} "
-            f"(tried {', '.join(candidates)}; reached {reached}); a firewall? --master_addr names an address"
-        )
-    return lines
+    return [
+        f"{name}: cannot reach {first} at one address with all others, port {port} (tried "
+        f"{', '.join(candidates)}; reached {', '.join(answer['found']) or 'none'}); a firewall? "
+        "--master_addr names an address"
+        for name, answer in answers.items()
+    ]

@@ -9,16 +9,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from functools import partial
 
 from baichuan_sft.errors import EnvironmentFault, UserError
+from baichuan_sft.hosts import module_words
 from baichuan_sft.launch import pdsh, screen
 from baichuan_sft.launch.environment import shown
-from baichuan_sft.launch.fleet import agent_words
+from baichuan_sft.launch.fleet import AGENT
 from baichuan_sft.launch.outcome import span
 from baichuan_sft.launch.ranks import die_with_parent
 from baichuan_sft.launch.supervise import Job, Stop
 
 PORT = 29500  # where none can be looked for on the first host
+# SLURM's variables of a task become torch's; ":?" ends a task that lacks one.
+SLURM_TASK = "exec env RANK=${SLURM_PROCID:?} LOCAL_RANK=${SLURM_LOCALID:?} WORLD_SIZE=${SLURM_NTASKS:?} "
+SLURM_TASK += 'LOCAL_WORLD_SIZE=${SLURM_NTASKS_PER_NODE:?} "$@"'
 
 
 def run(mode: str, job: Job, *, node_rank: int | None, dry_run: bool, stop: Stop) -> int:
@@ -41,18 +46,15 @@ def run(mode: str, job: Job, *, node_rank: int | None, dry_run: bool, stop: Stop
 def show_ssh(job: Job) -> None:
     """The plan of the ssh mode on stdout: what starts where, quoted for a shell."""
     print(f"# {job.size}; logs in {job.log_dir}/rank-N.log on each host")
-    print(
-        f"# the first leads; address {job.address or 'found at the start'}, port {job.port or 'a free one'}"
-    )
+    where = f"address {job.address or 'found at the start'}, port {job.port or 'a free one'}"
+    print(f"# the first leads; {where}")
     first = 0
     for host in job.hosts:
-        words, _ = agent_words(host)
-        last = first + host.slots - 1
-        print(f"\n# {host.name}, rank {span(range(first, last + 1))}: the agent")
-        print(shlex.join(words))
+        print(f"\n# {host.name}, rank {span(range(first, first + host.slots))}: the agent")
+        print(shlex.join(module_words(host, AGENT)))
         print("# which starts each rank, with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set")
         print(shlex.join([host.python or sys.executable, *job.command]))
-        first = last + 1
+        first += host.slots
     print("\n# (--mode torchrun prints commands to start by hand)\n# environment that goes along")
     for name, value in sorted(job.environment.items()):
         print(shown(name, value))
@@ -64,14 +66,8 @@ def torchrun_words(job: Job, node_rank: int) -> list[str]:
     return [
         *("env", f"BAICHUAN_SFT_WORLD={len(job.hosts)}:{job.world}"),
         *(host.python or sys.executable, "-m", "torch.distributed.run"),
-        *(
-            "--nnodes",
-            str(len(job.hosts)),
-            "--node_rank",
-            str(node_rank),
-            "--nproc_per_node",
-            str(host.slots),
-        ),
+        *("--nnodes", str(len(job.hosts)), "--node_rank", str(node_rank)),
+        *("--nproc_per_node", str(host.slots)),
         *("--master_addr", job.address or ("127.0.0.1" if len(job.hosts) == 1 else job.hosts[0].name)),
         *("--master_port", str(job.port or PORT)),
         *job.command,
@@ -79,7 +75,7 @@ def torchrun_words(job: Job, node_rank: int) -> list[str]:
 
 
 def slurm_words(job: Job, environment: Mapping[str, str] = os.environ) -> list[str]:
-    """One task per rank through srun; `slurm_task` turns SLURM's variables into torch's.
+    """One task per rank through srun.
 
     Raises:
         UserError: outside an allocation.
@@ -87,9 +83,8 @@ def slurm_words(job: Job, environment: Mapping[str, str] = os.environ) -> list[s
     """
     nodes = environment.get("SLURM_JOB_NODELIST")
     if nodes is None:
-        raise UserError(
-            "--mode slurm: SLURM_JOB_NODELIST is not set; run it inside an allocation (sbatch, or salloc)."
-        )
+        way = "run it inside an allocation (sbatch, or salloc)"
+        raise UserError(f"--mode slurm: SLURM_JOB_NODELIST is not set; {way}.")
     try:
         named = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True)
     except FileNotFoundError:
@@ -103,8 +98,7 @@ def slurm_words(job: Job, environment: Mapping[str, str] = os.environ) -> list[s
         *("srun", "--nodes", str(len(names)), "--ntasks", str(world), "--ntasks-per-node", str(each)),
         *("--kill-on-bad-exit=1", "--label", "--export=ALL"),
         *("env", f"BAICHUAN_SFT_WORLD={len(names)}:{world}", f"MASTER_ADDR={job.address or names[0]}"),
-        f"MASTER_PORT={job.port or PORT}",
-        *(sys.executable, "-m", "baichuan_sft.launch.slurm_task", *job.command),
+        *(f"MASTER_PORT={job.port or PORT}", "sh", "-c", SLURM_TASK, "sh", sys.executable, *job.command),
     ]
 
 
@@ -112,12 +106,8 @@ def run_one(words: list[str], environment: Mapping[str, str], stop: Stop) -> int
     """Run another launcher to its end; the signals that ask for an end go on to it."""
     screen.note(shlex.join(words))
     try:
-        process = subprocess.Popen(
-            words,
-            env=dict(environment),
-            start_new_session=True,
-            preexec_fn=lambda: die_with_parent(signal.SIGTERM),  # it ends its ranks then
-        )
+        die = partial(die_with_parent, signal.SIGTERM)  # it ends its ranks then
+        process = subprocess.Popen(words, env=dict(environment), start_new_session=True, preexec_fn=die)
     except FileNotFoundError:
         raise EnvironmentFault(f"{words[0]}: no such program on this machine.") from None
     stop.armed, asked = True, False

@@ -11,8 +11,8 @@ from typing import Any
 
 from baichuan_sft.errors import PeerFault
 from baichuan_sft.launch.wire import Message
+from baichuan_sft.train.status import PHASES
 
-PHASES = ("start", "data", "rendezvous", "model", "train", "save", "done")
 SAVED = {130, 143}  # a rank that was asked to end, has saved and ended
 TOLD = {2, 3, 4, 5, 6}  # exit codes of errors that are one sentence with the way out
 LOST = PeerFault.exit_code
@@ -54,6 +54,10 @@ class RankState:
     def known_phase(self) -> str:
         return self.phase if self.heard_status else ""
 
+    def failure(self, code: int, message: str, detail: str = "") -> Failure:
+        where = self.host, self.number, self.known_phase, self.step
+        return Failure(*where, code, message, detail, self.log)
+
     def __str__(self) -> str:
         return f"rank {self.number} ({self.host})"
 
@@ -87,7 +91,8 @@ def failure_of(state: RankState, tail: str, out_of_memory: bool) -> Failure:
     assert state.code is not None
     error = state.error or {}
     code = error.get("exit_code") or (state.code if state.code > 0 else LOST)
-    detail = (error.get("traceback") or traceback_in(tail) or tail).rstrip()
+    traceback = max(0, tail.rfind("Traceback (most recent call last)"))  # the last one; without any, all
+    detail = (error.get("traceback") or tail[traceback:]).rstrip()
     if error:
         message = error["message"] if code in TOLD else f"{error['kind']}: {error['message']}"
     elif state.code < 0:
@@ -96,19 +101,9 @@ def failure_of(state: RankState, tail: str, out_of_memory: bool) -> Failure:
             message += ": the host has no memory left (the kernel's OOM killer)"
     else:
         message = re.sub(r"^error( \(rank \d+\))?: ", "", last_error(tail)) or "ended without a word"
-    if (
-        code in TOLD and state.code > 0
-    ):  # a sentence of ours; the way to it through the code says nothing more
+    if code in TOLD and state.code > 0:  # a sentence of ours; the way there says nothing more
         detail = ""
-    return Failure(
-        state.host, state.number, state.known_phase, state.step, code, message.strip(), detail, state.log
-    )
-
-
-def traceback_in(text: str) -> str:
-    """The last traceback of a log's end, up to its last line."""
-    start = text.rfind("Traceback (most recent call last)")
-    return text[start:] if start >= 0 else ""
+    return state.failure(code, message.strip(), detail)
 
 
 def last_error(text: str) -> str:

@@ -8,12 +8,13 @@ import shutil
 import signal
 import subprocess
 import time
+from contextlib import closing
 from pathlib import Path
 
 from baichuan_sft.errors import EnvironmentFault, UserError
 from baichuan_sft.hosts import SSH_OPTIONS
 from baichuan_sft.launch import screen
-from baichuan_sft.launch.fleet import Fleet, fleet_of
+from baichuan_sft.launch.fleet import Fleet
 from baichuan_sft.launch.meeting import meet
 from baichuan_sft.launch.ranks import MARK
 from baichuan_sft.launch.supervise import END_SECONDS, Job, Stop
@@ -29,17 +30,15 @@ def launch(job: Job, *, dry_run: bool, stop: Stop) -> int:
     """
     special = [host for host in job.hosts if host.port or host.user or host.python or host.workdir]
     if special:
-        raise UserError(
-            f"--mode pdsh starts all hosts alike; line {special[0].line} of the hostfile needs --mode ssh "
-            "(port=, user=, python=, workdir=)."
-        )
+        where = f"line {special[0].line} of the hostfile needs --mode ssh (port=, user=, python=, workdir=)"
+        raise UserError(f"--mode pdsh starts all hosts alike; {where}.")
     if dry_run:
         words, environment = pdsh_words(job, job.address or job.hosts[0].name, job.port or 29500, {})
         print(f"PDSH_SSH_ARGS_APPEND={shlex.quote(environment['PDSH_SSH_ARGS_APPEND'])} {shlex.join(words)}")
         return 0
     if not shutil.which("pdsh"):
         raise EnvironmentFault("there is no pdsh on this machine; install it, or use --mode ssh.")
-    with fleet_of(job.hosts, job.silence) as fleet:
+    with closing(Fleet(job.hosts, job.silence)) as fleet:
         meeting = meet(fleet, job.files, job.address, job.port)
         extra = {MARK: fleet.run_id, "BAICHUAN_SFT_WORLD": meeting.world}
         shared = set(meeting.interfaces.values())

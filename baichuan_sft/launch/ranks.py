@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from baichuan_sft import machine
+
 TAIL_BYTES = 8192
 TAIL_LINES = 40
 MARK = "BAICHUAN_SFT_RUN"  # in the environment of every process of a run, children of children too
@@ -93,9 +95,7 @@ class Rank:
     def is_stopped(self) -> bool:
         """Whether the process is stopped (SIGSTOP, a debugger): alive, but it does nothing."""
         with contextlib.suppress(OSError, IndexError):
-            return (
-                Path("/proc", str(self.process.pid), "stat").read_text().rpartition(")")[2].split()[0] in "Tt"
-            )
+            return machine.stat(self.process.pid)[0] in "Tt"
         return False
 
     def remove_status(self) -> None:
@@ -104,12 +104,8 @@ class Rank:
 
 def marked(run_id: str) -> list[int]:
     """Processes of a run on this host, found by the mark in their environment."""
-    mark, found = f"{MARK}={run_id}".encode(), []
-    for process in filter(str.isdecimal, os.listdir("/proc")):
-        with contextlib.suppress(OSError):  # of another user, or gone
-            if mark in Path("/proc", process, "environ").read_bytes().split(b"\0"):
-                found.append(int(process))
-    return found
+    mark = f"{MARK}={run_id}".encode()
+    return [process for process in machine.processes() if mark in machine.environment(process)]
 
 
 def leaders(run_id: str) -> list[int]:
@@ -117,11 +113,8 @@ def leaders(run_id: str) -> list[int]:
     found = {}
     for process in marked(run_id):
         with contextlib.suppress(OSError, IndexError):
-            variables = Path("/proc", str(process), "environ").read_bytes().split(b"\0")
-            if any(each.startswith(b"LOCAL_RANK=") for each in variables):
-                found[process] = int(
-                    Path("/proc", str(process), "stat").read_text().rpartition(")")[2].split()[1]
-                )
+            if any(each.startswith(b"LOCAL_RANK=") for each in machine.environment(process)):
+                found[process] = int(machine.stat(process)[1])
     return [process for process, parent in found.items() if parent not in found]
 
 

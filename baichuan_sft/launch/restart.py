@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import secrets
+from contextlib import closing
 
 from baichuan_sft.hosts import Host
 from baichuan_sft.launch import screen
-from baichuan_sft.launch.fleet import fleet_of
+from baichuan_sft.launch.fleet import Fleet
 from baichuan_sft.launch.outcome import Failure
 from baichuan_sft.launch.supervise import Job, Stop, attempt
 
@@ -21,20 +22,19 @@ def run_with_restarts(job: Job, max_restarts: int, stop: Stop) -> int:
     launch = secrets.token_hex(8)  # the same over restarts, unlike what marks the processes of an attempt
     job = dataclasses.replace(job, environment=job.environment | {"BAICHUAN_SFT_LAUNCH": f"{launch}:0"})
     while True:
-        outcome = attempt(job, stop)
-        failure = outcome.failure
+        code, failure = attempt(job, stop)
         if failure is None:
-            return outcome.code
+            return code
         reason = why_not(failure, seen, max_restarts)
         if reason:
             if max_restarts:
                 screen.note(f"not started again: {reason}")
-            return outcome.code
+            return code
         seen.append(failure)
         left = hosts_left(job)
         if not left:
             screen.note("not started again: no host answers")
-            return outcome.code
+            return code
         gone = [host.name for host in job.hosts if host not in left]
         own = {"BAICHUAN_SFT_LAUNCH": f"{launch}:{len(seen)}"}  # train then goes on from what it has saved
         job = dataclasses.replace(job, hosts=left, environment=job.environment | own)
@@ -53,8 +53,8 @@ def why_not(failure: Failure, seen: list[Failure], max_restarts: int) -> str:
 
 def hosts_left(job: Job) -> list[Host]:
     """The hosts that answer within 5 s, in their order; a lost one may be back."""
-    with fleet_of(job.hosts, job.silence) as fleet:
-        fleet.ask("hello", run_id=fleet.run_id, silence=fleet.silence, files=[])
+    with closing(Fleet(job.hosts, job.silence)) as fleet:
+        fleet.hello([])
         answers = fleet.answers("hello", PROBE_SECONDS, fleet.links)
         fleet.end(1.0)
     return [host for host in job.hosts if host.name in answers]

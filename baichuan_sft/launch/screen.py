@@ -14,13 +14,9 @@ BOLD, RED, DIM, END = "\033[1m", "\033[31m", "\033[2m", "\033[0m"
 DETAIL_LINES = 25
 
 
-def painted(text: str, *styles: str) -> str:
-    plain = os.environ.get("NO_COLOR") or not sys.stderr.isatty()
-    return text if plain else "".join(styles) + text + END
-
-
 def say(text: str = "", *styles: str) -> None:
-    _write(sys.stderr, painted(text, *styles) + "\n")
+    plain = os.environ.get("NO_COLOR") or not sys.stderr.isatty()
+    _write(sys.stderr, (text if plain else "".join(styles) + text + END) + "\n")
 
 
 def note(text: str) -> None:
@@ -55,9 +51,8 @@ def banner(failure: Failure) -> None:
     """One failure: where, when, why, and where to read on."""
     width = min(shutil.get_terminal_size((100, 24)).columns, 100)
     where = failure.host if failure.rank is None else f"{failure.host}, rank {failure.rank}"
-    when = [f"phase {failure.phase}"] * bool(failure.phase) + [f"step {failure.step}"] * (
-        failure.step is not None
-    )
+    when = [f"phase {failure.phase}"] * bool(failure.phase)
+    when += [] if failure.step is None else [f"step {failure.step}"]
     say("\n" + " run failed ".center(width, "="), RED, BOLD)
     say(f"{where}: {failure.message}", BOLD)
     say(", ".join([*when, f"exit code {failure.code}"]))

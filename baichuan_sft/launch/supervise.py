@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import signal
 import time
+from contextlib import closing
 from dataclasses import dataclass
-from typing import NoReturn
 
 from baichuan_sft.hosts import Host
 from baichuan_sft.launch import screen
-from baichuan_sft.launch.fleet import Fleet, Link, fleet_of
+from baichuan_sft.launch.fleet import Fleet, Link
 from baichuan_sft.launch.meeting import Meeting, meet
 from baichuan_sft.launch.outcome import LOST, SAVED, Failure, RankState, exit_text, failure_of, span
 from baichuan_sft.launch.wire import Message
@@ -60,35 +60,26 @@ class Stop:
 
     def _came(self, number: int) -> None:
         if not self.armed:
-            self.leave(number)
+            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(self.code(number))
         if self.first is None:
             self.first, self.at = number, time.monotonic()
         elif number == signal.SIGINT or time.monotonic() - self.at > 3:  # one event may send two signals
             self.again = True
-
-    def leave(self, number: int) -> NoReturn:
-        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(self.code(number))
 
     @staticmethod
     def code(number: int) -> int:
         return 130 if number == signal.SIGINT else 143
 
 
-@dataclass
-class Outcome:
-    """How an attempt ended; ``code`` is 0 only where every rank ended with 0."""
-
-    code: int
-    failure: Failure | None
-
-
-def attempt(job: Job, stop: Stop) -> Outcome:
+def attempt(job: Job, stop: Stop) -> tuple[int, Failure | None]:
     """Run the job once on its hosts.
 
+    Returns:
+        the exit code, 0 only where every rank ended with 0; the failure that says why it ended, if one did.
     Raises:
         EnvironmentFault: hosts that cannot be reached, differ, or find no common address.
     """
-    with fleet_of(job.hosts, job.silence) as fleet:
+    with closing(Fleet(job.hosts, job.silence)) as fleet:
         meeting = meet(fleet, job.files, job.address, job.port)
         show_plan(job, fleet, meeting)
         for link in fleet.links:
@@ -108,9 +99,7 @@ def attempt(job: Job, stop: Stop) -> Outcome:
 
 def show_plan(job: Job, fleet: Fleet, meeting: Meeting) -> None:
     sizes = {host.slots for host in job.hosts}
-    each = (
-        f"{len(job.hosts)} host{'s' * (len(job.hosts) > 1)} x {sizes.pop()}" if len(sizes) == 1 else "ranks"
-    )
+    each = f"{screen.count(len(job.hosts), 'host')} x {sizes.pop()}" if len(sizes) == 1 else "ranks"
     screen.note(f"{each} = {job.world} processes, {meeting.address} port {meeting.port}")
     rows = [
         (link.name, f"rank {span(link.ranks)}", meeting.interfaces.get(link.name) or "-", job.log_dir + "/")
@@ -134,7 +123,7 @@ class Watch:
         self.asked = False
         self.next_word = 15.0  # seconds; when to name those for whom the others wait
 
-    def run(self) -> Outcome:
+    def run(self) -> tuple[int, Failure | None]:
         while self.running() and not self.stop.again and not self.must_end():
             for link, message in self.fleet.turn():
                 self.take(link, message)
@@ -172,12 +161,9 @@ class Watch:
             case "compiling":
                 screen.note(f"{link.name}: compiling {message['name']}, about 2 min (once)")
             case "beat":
-                now = time.monotonic()
                 for number in link.ranks:
-                    state = self.states[number]
-                    state.stopped_since = (
-                        (state.stopped_since or now) if number in message["stopped"] else None
-                    )
+                    since = self.states[number].stopped_since or time.monotonic()
+                    self.states[number].stopped_since = since if number in message["stopped"] else None
             case "refused":
                 log = f"{self.job.log_dir}/rank-{link.ranks[0]}.log"
                 self.fail(Failure(link.name, None, "", None, 3, message["message"], "", log))
@@ -208,9 +194,8 @@ class Watch:
         self.asked = True
         self.fleet.ask("signal", number=int(signal.SIGTERM))
         name = signal.Signals(self.stop.first).name
-        screen.note(
-            f"{name}: the ranks finish their step, save and end; Ctrl-C (again) ends them at once, unsaved"
-        )
+        what = "the ranks finish their step, save and end; Ctrl-C (again) ends them at once, unsaved"
+        screen.note(f"{name}: {what}")
 
     # --- time limits ------------------------------------------------------------------------------
 
@@ -224,9 +209,8 @@ class Watch:
         stopped = [state for state in waiting if state.stopped_since]
         late = [s for s in stopped if s.stopped_since and now - s.stopped_since > self.job.silence + SLACK]
         if late and len(stopped) < len(waiting):
-            self.fail_late(
-                late, f"stopped (SIGSTOP or a debugger) for {now - (late[0].stopped_since or now):.0f} s"
-            )
+            seconds = now - (late[0].stopped_since or now)
+            self.fail_late(late, f"stopped (SIGSTOP or a debugger) for {seconds:.0f} s")
 
     def check_phases(self, now: float, waiting: list[RankState]) -> None:
         starting = [state for state in waiting if state.phase == "start"]
@@ -243,27 +227,21 @@ class Watch:
             if waited > self.next_word:
                 self.next_word = waited * 2
                 names = ", ".join(f"{state} in phase {state.phase}" for state in behind[:8])
-                screen.note(
-                    f"rank {span(s.number for s in meeting)} waits for {names}, {waited:.0f} s so far"
-                )
+                who = span(state.number for state in meeting)
+                screen.note(f"rank {who} waits for {names}, {waited:.0f} s so far")
             return
         waited = now - max(state.since for state in meeting)
         if waited > self.job.rendezvous_seconds + SLACK:
-            self.fail_late(
-                meeting, f"no rendezvous after {waited:.0f} s; is the port open between the hosts?"
-            )
+            what = f"no rendezvous after {waited:.0f} s; is the port open between the hosts?"
+            self.fail_late(meeting, what)
 
     def fail_late(self, late: list[RankState], what: str) -> None:
         names = ", ".join(map(str, late[1:8]))
-        state = late[0]
-        message = what + (f"; also {names}" if names else "")
-        self.fail(
-            Failure(state.host, state.number, state.known_phase, state.step, LOST, message, "", state.log)
-        )
+        self.fail(late[0].failure(LOST, what + (f"; also {names}" if names else "")))
 
     # --- the end ----------------------------------------------------------------------------------
 
-    def end(self) -> Outcome:
+    def end(self) -> tuple[int, Failure | None]:
         if self.stop.again:
             screen.note("ending all ranks at once")
         self.fleet.end(END_SECONDS)
@@ -275,11 +253,10 @@ class Watch:
         if self.failures and not self.stop.again:
             failure = self.first()
             screen.banner(failure)
-            return Outcome(failure.code, failure)
+            return failure.code, failure
         if self.stop.first is not None:
-            return Outcome(Stop.code(self.stop.first), None)
-        codes = {state.code for state in self.states.values()} - {0, None}
-        return Outcome(max((code for code in codes if code), default=0), None)
+            return Stop.code(self.stop.first), None
+        return max(state.code or 0 for state in self.states.values()), None
 
     def summary(self) -> None:
         rows = []

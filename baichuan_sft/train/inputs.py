@@ -42,10 +42,12 @@ def read_inputs(settings: Settings) -> Inputs:
         UserError: the model's files or the data cannot be used.
     """
     from baichuan_sft.checkpoint import check_vocabulary, load_config, load_tokenizer
+    from baichuan_sft.checkpoint.quantised import check_trainable
 
     base = settings.model.model_name_or_path
     config, tokenizer = load_config(base), load_tokenizer(base)
     check_vocabulary(base, config, tokenizer)
+    check_trainable(base, config, settings.lora.quantize)
     if warning := check_length(config, settings.data.model_max_length):
         say(warning)
     if settings.data.streaming:

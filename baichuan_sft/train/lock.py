@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from baichuan_sft import machine
 from baichuan_sft.errors import EnvironmentFault, UserError
 from baichuan_sft.train.progress import say
 
@@ -43,7 +44,7 @@ def this_launch() -> tuple[str | None, bool]:
 def started(pid: int) -> int | None:
     """Clock ticks from boot to the start of a process; None where there is none, or it waits to be reaped."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        fields = machine.stat(pid)
     except OSError:
         return None
     return None if fields[0] in "ZX" else int(fields[19])

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+from baichuan_sft import machine
 from baichuan_sft.errors import EnvironmentFault, PeerFault, first_line
 from baichuan_sft.ops_cache import use_ops_cache
 from baichuan_sft.train import peers
@@ -132,18 +133,11 @@ def form_group(store: Any, backend: str, limit: datetime.timedelta) -> None:
 
 def _name_interface() -> None:
     """Have gloo take the interface that leads to rank 0 where this host's name means 127.0.1.1."""
-    import fcntl
-    import struct
-
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
         probe.connect((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])))
-        own = probe.getsockname()[0]
-        for _, name in socket.if_nameindex():
-            with contextlib.suppress(OSError):
-                request = struct.pack("256s", name.encode())
-                packed = fcntl.ioctl(probe.fileno(), 0x8915, request)  # SIOCGIFADDR
-                if socket.inet_ntoa(packed[20:24]) == own and not own.startswith("127."):
-                    os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+        name = machine.interface_of(probe.getsockname()[0])
+        if name is not None and name != "lo":
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
 
 
 def _one_process() -> dict[str, str]:

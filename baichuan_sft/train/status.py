@@ -48,7 +48,3 @@ def fail(error: BaseException, exit_code: int) -> None:
 
 def failed() -> bool:
     return _facts["error"] is not None
-
-
-def last_step() -> int:
-    return _facts["step"]
