@@ -7,9 +7,12 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from baichuan_sft.errors import EnvironmentFault, pick
+from baichuan_sft.variants import LINEARS
 
 if TYPE_CHECKING:
     import torch
+
+Shapes = dict[str, tuple[int, ...]]
 
 # name -> arguments of transformers' BitsAndBytesConfig
 QUANTIZATIONS: dict[str, dict[str, Any]] = {
@@ -18,6 +21,8 @@ QUANTIZATIONS: dict[str, dict[str, Any]] = {
 }
 # The head computes the loss itself from a weight that it can read; embeddings are never quantised.
 KEPT = ["lm_head"]
+# NF4 weights that share a scale, scales that share one, entries of the code and of that of the scales.
+BLOCK, NESTED_BLOCK, CODE, NESTED_CODE = 64, 256, 16, 256
 
 
 def require_bitsandbytes(what: str) -> None:
@@ -49,11 +54,62 @@ def quantization_config(name: str, dtype: torch.dtype | str | None) -> Any:
 
 
 def quantization_of(model: Any) -> str | None:
-    """The name in QUANTIZATIONS under which a model was loaded; None for whole weights."""
+    """What a loaded model's linears are in: a name in QUANTIZATIONS, or "fp4"; None for whole weights."""
     quantizer = getattr(model, "hf_quantizer", None)
-    if quantizer is None:
-        return None
-    return "int8" if quantizer.quantization_config.load_in_8bit else "nf4"
+    return None if quantizer is None else _name(quantizer.quantization_config)
+
+
+def stored_quantization(config: Any) -> str | None:
+    """The same of a saved model's configuration; ``load_config`` let only bitsandbytes' pass."""
+    settings = getattr(config, "quantization_config", None)
+    return None if settings is None else _name(_settings(settings))
+
+
+def _name(settings: Any) -> str:
+    return "int8" if settings.load_in_8bit else settings.bnb_4bit_quant_type
+
+
+def _settings(settings: Any) -> Any:
+    """As transformers' ``BitsAndBytesConfig``; raises ValueError or TypeError where it is none."""
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig.from_dict(settings) if isinstance(settings, dict) else settings
+
+
+def stored_shapes(shapes: Shapes, config: Any, found: Shapes) -> Shapes:
+    """Name and shape of every tensor of a saved model, where bitsandbytes packed its linears.
+
+        int8   X.weight (out, in), its rows' scales X.SCB (out,), X.weight_format
+        nf4    X.weight (out * in / 2, 1), its blocks' scales X.weight.absmax, their own
+               X.weight.nested_absmax, both codes, and X.weight.quant_state.bitsandbytes__nf4, a text
+
+    Args:
+        shapes: of the model with whole weights, which is returned where ``config`` says nothing else.
+        found: what is in the files; the text's length is taken from there.
+    """
+    if (name := stored_quantization(config)) is None:
+        return shapes
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    settings = _settings(config.quantization_config)
+    kept = settings.llm_int8_skip_modules or KEPT
+    result = dict(shapes)
+    for weight, shape in shapes.items():
+        module = weight.removesuffix(".weight")
+        if module.rpartition(".")[2] not in LINEARS or not should_convert_module(module, kept):
+            continue
+        if name == "int8":
+            result |= {f"{module}.SCB": shape[:1], f"{module}.weight_format": ()}
+            continue
+        num_blocks = math.ceil(math.prod(shape) / BLOCK)
+        num_stored = math.ceil(math.prod(shape) / (2 * settings.bnb_4bit_quant_storage.itemsize))
+        text = f"{weight}.quant_state.bitsandbytes__{name}"
+        result |= {weight: (num_stored, 1), f"{weight}.absmax": (num_blocks,), f"{weight}.quant_map": (CODE,)}
+        result[text] = found.get(text, ())
+        if settings.bnb_4bit_use_double_quant:
+            result[f"{weight}.nested_absmax"] = (math.ceil(num_blocks / NESTED_BLOCK),)
+            result[f"{weight}.nested_quant_map"] = (NESTED_CODE,)
+    return result
 
 
 def num_elements(parameter: Any) -> int:

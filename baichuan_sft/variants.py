@@ -51,3 +51,14 @@ VARIANTS = {
         "baichuan-inc/Baichuan2-13B-Base",
     ),
 }
+
+
+def architecture(config: Any) -> str:
+    """The name in VARIANTS whose position embedding and head these are."""
+    from baichuan_sft.model.configuration_baichuan import BaichuanConfig
+
+    for name, variant in VARIANTS.items():
+        known = BaichuanConfig(**variant.config)
+        if (known.position_embedding, known.lm_head) == (config.position_embedding, config.lm_head):
+            return name
+    raise AssertionError(f"no variant has {config.position_embedding} and {config.lm_head}")

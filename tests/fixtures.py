@@ -1,5 +1,6 @@
 """Golden models and where things lie."""
 
+import io
 import json
 from dataclasses import dataclass
 from functools import cache
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from sentencepiece import SentencePieceTrainer
 
 import baichuan_sft  # noqa: F401  (registers the classes)
 from baichuan_sft import load_tokenizer
@@ -68,6 +70,37 @@ def golden_model(name: str, attn: str = "eager", **config) -> BaichuanForCausalL
         golden(name).path, attn_implementation=attn, dtype=torch.float32, **config
     )
     return model.eval()
+
+
+@cache
+def tiny_vocabulary() -> bytes:
+    """A SentencePiece model of 256 pieces, as many as the golden models have, almost all of them roles."""
+    made = io.BytesIO()
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(["a b c d e f g h"]),
+        model_writer=made,
+        vocab_size=256,
+        model_type="bpe",
+        user_defined_symbols=[f"<reserved_{i}>" for i in range(244)],
+        minloglevel=2,
+    )
+    return made.getvalue()
+
+
+def golden_source(path: Path, name: str) -> Path:
+    """A golden model as a directory that can be converted: with a vocabulary and generation settings."""
+    path.mkdir(parents=True)
+    for file in ("config.json", "model.safetensors"):
+        (path / file).write_bytes((GOLDEN / name / file).read_bytes())
+    (path / "tokenizer.model").write_bytes(tiny_vocabulary())
+    settings = {
+        "user_token_id": 195,
+        "assistant_token_id": 196,
+        "repetition_penalty": 1.05,
+        "do_sample": True,
+    }
+    (path / "generation_config.json").write_text(json.dumps(settings))
+    return path
 
 
 def tiny_config(arch: str, **changes) -> BaichuanConfig:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from baichuan_sft.checkpoint.files import (
+    QUANT_STATE,
     Shapes,
     base_of,
     check_against_manifest,
@@ -14,8 +15,19 @@ from baichuan_sft.checkpoint.files import (
     is_adapter,
     read_json,
 )
+from baichuan_sft.checkpoint.quantised import (
+    cast_whole,
+    check_same_quantization,
+    check_settings,
+    vendor_quantised,
+)
 from baichuan_sft.errors import CheckpointFault, UserError, first_line
-from baichuan_sft.quantization import quantization_config
+from baichuan_sft.quantization import (
+    quantization_config,
+    require_bitsandbytes,
+    stored_quantization,
+    stored_shapes,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -24,9 +36,11 @@ if TYPE_CHECKING:
     from baichuan_sft.model.tokenization_baichuan import BaichuanTokenizer
 
 
-def load_config(path: str | Path) -> BaichuanConfig:
+def load_config(path: str | Path, *, vendor_packed: bool = False) -> BaichuanConfig:
     """Configuration of a model directory.
 
+    Args:
+        vendor_packed: let pass, and leave out, what says that the vendor's own code quantised it.
     Raises:
         UserError: no directory, no config.json, or not a Baichuan model.
     """
@@ -47,13 +61,14 @@ def load_config(path: str | Path) -> BaichuanConfig:
         nested = isinstance(value, dict) and "trust_remote_code" in value
         if name in ("_attn_implementation_internal", "trust_remote_code") or nested:
             raise UserError(f"{path / 'config.json'}: {name} could make transformers run code; remove it.")
-    if "quant_method" not in (raw.get("quantization_config") or {"quant_method": None}):
-        raise UserError(
-            f"{path}: weights that the vendor's own code quantised, which cannot be trained; take the 16-bit "
-            "model, and --quantize nf4 or int8."
-        )
+    if not vendor_packed:
+        check_settings(path, raw.get("quantization_config"))
     try:
-        return BaichuanConfig.from_pretrained(path)
+        config = BaichuanConfig.from_pretrained(path)
+        if vendor_packed and hasattr(config, "quantization_config"):
+            del config.quantization_config
+        stored_quantization(config)
+        return config
     except (AttributeError, TypeError, ValueError) as error:
         raise UserError(f"{path / 'config.json'}: {error}.") from None
 
@@ -88,23 +103,31 @@ def check_vocabulary(path: str | Path, config: BaichuanConfig, tokenizer: Baichu
         )
 
 
-def expected_shapes(config: BaichuanConfig) -> Shapes:
-    """Name and shape of every tensor that a model of this configuration has."""
+def expected_shapes(config: BaichuanConfig, found: Shapes | None = None) -> Shapes:
+    """Name and shape of every tensor that the files of a model of this configuration have.
+
+    Args:
+        found: what they have; see ``stored_shapes``.
+    """
     import torch
 
     from baichuan_sft.model.modeling_baichuan import BaichuanForCausalLM
 
     with torch.device("meta"):
-        return {name: tuple(t.shape) for name, t in BaichuanForCausalLM(config).state_dict().items()}
+        shapes = {name: tuple(t.shape) for name, t in BaichuanForCausalLM(config).state_dict().items()}
+    return stored_shapes(shapes, config, found or {})
 
 
 def compare_shapes(path: str | Path, found: Shapes, expected: Shapes) -> None:
     """
     Raises:
         CheckpointFault: a tensor is missing, too many, or of another shape; names the first of each kind.
+        UserError: the vendor's own code packed them; not every config.json says so.
     """
     missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     odd = sorted(name for name in expected.keys() & found.keys() if expected[name] != found[name])
+    if any(name.endswith((".scale", QUANT_STATE)) for name in extra):
+        raise vendor_quantised(path)
     faults = []
     if missing:
         faults.append(f"{len(missing)} tensors missing, e.g. {missing[0]}")
@@ -145,18 +168,21 @@ def expected_adapter_shapes(path: Path, base: BaichuanConfig) -> Shapes:
     }
 
 
-def verify(path: str | Path) -> None:
+def verify(path: str | Path, base: str | None = None) -> None:
     """Check names, shapes and sizes of a saved model or adapter against what its configuration implies.
 
+    Args:
+        base: of an adapter; None: where adapter_config.json says.
     Raises:
         CheckpointFault: the files are not what the configuration says.
         UserError: an adapter whose base is not here, or is another model.
     """
     path = Path(path)
     if not is_adapter(path):
-        compare_shapes(path, file_shapes(path), expected_shapes(load_config(path)))
+        found = file_shapes(path)
+        compare_shapes(path, found, expected_shapes(load_config(path), found))
         return
-    base = base_of(path)
+    base = base or base_of(path)
     expected, found = expected_adapter_shapes(path, load_config(base)), file_shapes(path)
     try:
         compare_shapes(path, found, expected)
@@ -184,6 +210,7 @@ def load_model(
     Args:
         dtype: of the weights; ``auto`` is the file's.
         device: where it goes; None keeps it on the CPU.
+        quantize: a name in QUANTIZATIONS; a directory that is quantised already takes its own alone.
         check_files: compare the files with the manifest that training left beside them, at 1 to
             1.5 GB/s for each of up to 8 files at a time.
     Raises:
@@ -199,12 +226,19 @@ def load_model(
         check_base(Path(path))
     config = load_config(base)
     known = {name: s for name, s in file_shapes(Path(base)).items() if "rotary_emb.inv_freq" not in name}
-    compare_shapes(base, known, expected_shapes(config))
+    compare_shapes(base, known, expected_shapes(config, known))
     options: dict[str, Any] = {}
-    if quantize is not None:
-        # Each layer is quantised when it reaches its device; moved afterwards, the whole would pass through.
+    stored = stored_quantization(config)
+    if stored is not None:
+        check_same_quantization(base, stored, quantize)
+        require_bitsandbytes(f"{base}, which is {stored},")
+        if dtype != "auto":
+            config.quantization_config["bnb_4bit_compute_dtype"] = str(dtype).removeprefix("torch.")
+    elif quantize is not None:
         compute = config.dtype if dtype == "auto" else dtype
         options["quantization_config"] = quantization_config(quantize, compute)
+    if quantized := stored or quantize:
+        # Each layer is quantised when it reaches its device; moved afterwards, the whole would pass through.
         options["device_map"] = {"": device or "cpu"}
     try:
         loaded: Any = BaichuanForCausalLM.from_pretrained(
@@ -213,6 +247,8 @@ def load_model(
     except (OSError, RuntimeError) as error:
         raise CheckpointFault(f"{base}: its weights cannot be read: {first_line(error)}") from None
     model, info = loaded
+    if stored is not None:
+        cast_whole(model)
     assert not (info["missing_keys"] or info["unexpected_keys"] or info["mismatched_keys"]), info
     if is_adapter(path):
         from peft import PeftModel
@@ -223,4 +259,4 @@ def load_model(
         if settings.is_file():  # PEFT would keep the base's
             model.generation_config = GenerationConfig.from_dict(read_json(settings))
         model = PeftModel.from_pretrained(model, path)
-    return (model if device is None or quantize else model.to(device)).eval()
+    return (model if device is None or quantized else model.to(device)).eval()

@@ -5,6 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
+import warnings
+import zipfile
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -31,6 +34,20 @@ ADAPTER_FACTS = {
 # Of these a model's fingerprint is made, of at most so many rows each.
 FINGERPRINT = ("model.embed_tokens.weight", "model.norm.weight")
 FINGERPRINT_ROWS = 64
+QUANT_STATE = ".weight.quant_state"
+# What torch's reader raises at content that is not what it says.
+UNREADABLE = (
+    UnpicklingError,
+    EOFError,
+    AttributeError,
+    LookupError,
+    TypeError,
+    ValueError,
+    OSError,
+    RuntimeError,
+)
+# In config.json: the adapter that was merged into a model.
+MERGED = "merged_from"
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -88,9 +105,57 @@ def weight_files(path: Path) -> list[Path]:
     if not isinstance(weight_map, dict):
         raise CheckpointFault(f"{path / name}: has no weight_map; copy this file again.")
     shards = sorted({str(shard) for shard in weight_map.values()})
-    if outside := [shard for shard in shards if Path(shard).name != shard]:
+    if outside := [shard for shard in shards if Path(shard).name != shard or "\\" in shard]:
         raise CheckpointFault(f"{path / name}: names {outside[0]!r}, which is no file beside it.")
     return [path / shard for shard in shards]
+
+
+def shape_of(part: Any) -> tuple[int, ...]:
+    """Of a tensor, or of a slice of a safetensors file that is not read yet; () of a list."""
+    if isinstance(part, list):
+        return ()
+    return tuple(part.get_shape() if hasattr(part, "get_shape") else part.shape)
+
+
+def opened(file: Path) -> dict[str, Any]:
+    """Every tensor of a weight file by name, mapped and not read: ``[:10]`` reads ten rows, ``[:]`` all.
+
+    The only place that unpickles; torch's weights_only reader builds tensors and calls nothing else.
+
+    Raises:
+        CheckpointFault: it is missing, truncated, something else, or holds anything but tensors.
+    """
+    import torch
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        if instead := commit.masquerade(file):
+            raise CheckpointFault(f"{file}: {instead}.")
+        if file.suffix == ".safetensors":
+            handle = safe_open(file, framework="pt")
+            return {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118  (no dict)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what it will refuse anyway
+            # What torch wrote before 1.6 is no zip file and cannot be mapped.
+            tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except FileNotFoundError:
+        raise CheckpointFault(f"{file}: no such file, but it is part of the model; copy it there.") from None
+    except (SafetensorError, *UNREADABLE) as error:
+        # torch's own messages advise weights_only=False, which would run what is in the file.
+        text, asked = str(error), re.search(r"GLOBAL ([\w.]+)", str(error))
+        if isinstance(error, SafetensorError | OSError | RuntimeError) and "weights_only" not in text:
+            raise CheckpointFault(f"{file}: not a whole file ({first_line(error)}); copy it again.") from None
+        what = f" (it asks for {asked.group(1)})" if asked else ""
+        raise CheckpointFault(
+            f"{file}: holds more than tensors{what}, or is damaged; nothing of it was run. Get these weights "
+            "as safetensors, or copy the file again."
+        ) from None
+    if not isinstance(tensors, dict) or not all(
+        isinstance(t, (torch.Tensor, list) if str(name).endswith(QUANT_STATE) else torch.Tensor)
+        for name, t in tensors.items()
+    ):
+        raise CheckpointFault(f"{file}: holds more than tensors by name; save the state dict alone.")
+    return tensors
 
 
 def file_shapes(path: Path) -> Shapes:
@@ -99,34 +164,7 @@ def file_shapes(path: Path) -> Shapes:
     Raises:
         CheckpointFault: a file is missing, truncated, or holds anything but tensors.
     """
-    import torch
-    from safetensors import SafetensorError, safe_open
-
-    shapes: Shapes = {}
-    for file in weight_files(path):
-        if file.is_file() and (instead := commit.masquerade(file)):
-            raise CheckpointFault(f"{file}: {instead}.")
-        try:
-            if file.suffix == ".safetensors":
-                with safe_open(file, framework="pt") as opened:
-                    names = opened.keys()
-                    shapes.update({name: tuple(opened.get_slice(name).get_shape()) for name in names})
-            else:
-                tensors = torch.load(file, map_location="meta", weights_only=True)
-                shapes.update({name: tuple(tensor.shape) for name, tensor in tensors.items()})
-        except FileNotFoundError:
-            raise CheckpointFault(
-                f"{file}: no such file, but it is part of the model; copy it there."
-            ) from None
-        except (SafetensorError, OSError, RuntimeError) as error:
-            raise CheckpointFault(f"{file}: not a whole file ({first_line(error)}); copy it again.") from None
-        except (UnpicklingError, EOFError, AttributeError):
-            # torch's own message advises weights_only=False, which would run what is in the file.
-            raise CheckpointFault(
-                f"{file}: holds more than tensors, or is damaged; nothing of it was run. Get these weights "
-                "as safetensors, or copy the file again."
-            ) from None
-    return shapes
+    return {name: shape_of(part) for file in weight_files(path) for name, part in opened(file).items()}
 
 
 def check_against_manifest(path: Path) -> None:
@@ -156,28 +194,26 @@ def check_against_manifest(path: Path) -> None:
 def fingerprint(path: str | Path) -> str | None:
     """sha256 of a model's final norm and of its first embeddings, as fp32; None where they are not found.
 
-    Tells models of the same shapes apart, in whatever files and dtype they lie.
+    Tells models of the same shapes apart, in whatever files and dtype they lie; also a merged one from its
+    base, whose norm and embeddings it has.
     """
-    import torch
-    from safetensors import safe_open
-
     digest, found = hashlib.sha256(), 0
+    config = Path(path) / "config.json"
+    if mark := read_json(config).get(MERGED) if config.is_file() else None:
+        digest.update(str(mark).encode())
     for file in weight_files(Path(path)):
-        if file.suffix != ".safetensors":
-            tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-            parts = [tensors[name][:FINGERPRINT_ROWS] for name in FINGERPRINT if name in tensors]
-        else:
-            with safe_open(file, framework="pt") as opened:
-                names = opened.keys()
-                parts = [opened.get_slice(name)[:FINGERPRINT_ROWS] for name in FINGERPRINT if name in names]
+        tensors = opened(file)
+        parts = [tensors[name][:FINGERPRINT_ROWS] for name in FINGERPRINT if name in tensors]
         for part in parts:
             digest.update(part.float().contiguous().numpy().tobytes())
             found += 1
     return digest.hexdigest() if found == len(FINGERPRINT) else None
 
 
-def check_base(path: Path) -> None:
+def check_base(path: Path, base: str | None = None) -> None:
     """
+    Args:
+        base: the model it would be put on; None: where adapter_config.json says.
     Raises:
         UserError: an adapter was trained on another model than the one it would be put on.
     """
@@ -191,7 +227,7 @@ def check_base(path: Path) -> None:
             raise CheckpointFault(
                 f"{path}/adapter_config.json: {name} is {config.get(name)}, trained was {lora[trained]}."
             )
-    known, base = facts.get("base_fingerprint"), base_of(path)
+    known, base = facts.get("base_fingerprint"), base or base_of(path)
     if known and known != fingerprint(base):
         trained = facts.get("model", {}).get("model_name_or_path")
         raise UserError(
