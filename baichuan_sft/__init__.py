@@ -50,11 +50,32 @@ def _register() -> None:
         slow_tokenizer_class=BaiChuanTokenizer,
         exist_ok=True,
     )
+    _stand_in_for_vendor_code()
     # save_pretrained then copies the model's own files beside the weights, and the result loads anywhere.
     BaichuanConfig.register_for_auto_class()
     BaichuanModel.register_for_auto_class("AutoModel")
     BaichuanForCausalLM.register_for_auto_class("AutoModelForCausalLM")
     BaichuanTokenizer.register_for_auto_class("AutoTokenizer")
+
+
+def _stand_in_for_vendor_code() -> None:
+    """Let trust_remote_code find these classes where a directory's auto_map names the vendor's.
+
+    AutoTokenizer would run the directory's defunct code otherwise, and older versions of the others too.
+    """
+    from transformers.models.auto import auto_factory, configuration_auto, tokenization_auto
+
+    load = auto_factory.get_class_from_dynamic_module
+
+    def own_first(class_reference: str, *args: Any, **kwargs: Any) -> Any:
+        file, _, name = class_reference.rpartition("--")[2].partition(".")
+        own = None
+        if file in ("configuration_baichuan", "modeling_baichuan", "tokenization_baichuan"):
+            own = getattr(importlib.import_module(f"{__name__}.model.{file}"), name, None)
+        return own or load(class_reference, *args, **kwargs)
+
+    for module in (auto_factory, configuration_auto, tokenization_auto):
+        module.get_class_from_dynamic_module = own_first  # type: ignore[attr-defined]
 
 
 class _AfterTransformers(MetaPathFinder):

@@ -23,7 +23,13 @@ COMMANDS = {
     "preview": ("baichuan_sft.datatools.preview:preview", "show conversations as tokens, trained and not"),
     "launch": ("baichuan_sft.launch.command:main", "train on one or many hosts; when one fails, all end"),
     "doctor": ("baichuan_sft.doctor.command:main", "what keeps one or many hosts from training"),
+    "serve": ("baichuan_sft.infer.server:main", "answer OpenAI's API for a model and its adapters"),
     "chat": ("baichuan_sft.infer.terminal:main", "talk to a model, an adapter or a checkpoint"),
+    "web": ("baichuan_sft.infer.web:main", "talk to a model in the browser, or compare two"),
+    "convert": ("baichuan_sft.export.convert:main", "check a model and write it in another form"),
+    "quantize": ("baichuan_sft.export.quantize:main", "linear layers in 8 or 4 bits on disk, and their cost"),
+    "inspect": ("baichuan_sft.export.inspect:main", "what a directory is, what it lacks, how to use it"),
+    "merge": ("baichuan_sft.export.merge:main", "put an adapter into its base: one whole model"),
 }
 
 EXAMPLE = """example:

@@ -131,6 +131,21 @@ def test_help_has_an_example(capsys):
     assert "baichuan-sft chat out/checkpoint-100 --greedy" in capsys.readouterr().out
 
 
+def test_options_are_settings_that_set_adds_to(models, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("/set top_k 7\n/set\n/set max_new_tokens 128\n"))
+    assert main([str(models / "base"), "--top_p", "0.5", "--max_new_tokens", "4"]) == 0
+    err = capsys.readouterr().err
+    for line in ("max_new_tokens     4", "top_p              0.5", "top_k              7"):
+        assert f"\n{line}\n" in err
+    assert "error: --max_new_tokens 128 leaves no room" in err
+
+
+def test_a_closed_input_is_an_empty_one(models, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", None)
+    assert main([str(models / "base")]) == 0
+    assert capsys.readouterr().out == ""
+
+
 @pytest.mark.slow
 def test_a_pipe_carries_the_answers_alone(models):
     command = [sys.executable, "-m", "baichuan_sft.cli", "chat", str(models / "base"), "--greedy"]

@@ -2,10 +2,14 @@
 
 import argparse
 import ast
+import contextlib
 import dataclasses
 import json
 import re
+import subprocess
 import sys
+import time
+from urllib.request import urlopen
 
 import numpy as np
 import pytest
@@ -29,8 +33,13 @@ from baichuan_sft.datatools.command import _parser as data_parser
 from baichuan_sft.datatools.preview import _parser as preview_parser
 from baichuan_sft.doctor.command import parser as doctor_parser
 from baichuan_sft.errors import UserError
+from baichuan_sft.export.convert import build_parser as convert_parser
+from baichuan_sft.export.merge import build_parser as merge_parser
+from baichuan_sft.export.quantize import build_parser as quantize_parser
 from baichuan_sft.infer.chat import build_parser as chat_parser
-from baichuan_sft.infer.terminal import COMMANDS as CHAT_COMMANDS
+from baichuan_sft.infer.commands import COMMANDS as CHAT_COMMANDS
+from baichuan_sft.infer.server import build_parser as serve_parser
+from baichuan_sft.infer.web import build_parser as web_parser
 from baichuan_sft.launch.command import build_parser as launch_parser
 from baichuan_sft.model.configuration_baichuan import BaichuanConfig
 from baichuan_sft.plan.command import build_parser as plan_parser
@@ -43,6 +52,11 @@ READMES = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.
 DOCS = {name: (ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("data.md", "data_zh.md")}
 CHECKOUT = ("data", "ds_config.json", "fine-tune")  # what the commands name
 
+# command -> what it answers under which path, once it listens
+SERVERS = {
+    "baichuan-sft serve Baichuan2-7B-Base --adapter lora=output-lora": ("v1/models", '"lora"'),
+    "baichuan-sft web output --compare output-lora": ("", "<title>"),
+}
 NOT_RUN = {
     "make demo": "installs, and trains for minutes",
     "pip install torch==2.13.0": "installs",
@@ -52,6 +66,7 @@ NOT_RUN = {
     "baichuan-sft doctor --hostfile hostfile --model_name_or_path Baichuan2-7B-Base --data_path "
     "data/belle_chat.json": "needs several hosts; test_doctor.py",
     "baichuan-sft launch --hostfile hostfile --max_restarts 3 train --config run.yaml": "several hosts",
+    **SERVERS,
     "baichuan-sft data check train.jsonl": "a file with faults; see test_the_check_shows_these_faults",
 }
 # The tests' machine has no eight GPUs, others may launch on it at the same time, and one epoch shows it all.
@@ -100,6 +115,7 @@ def rows(text, pattern):
 def known_flags():
     (commands,) = [a for a in data_parser()._actions if isinstance(a, argparse._SubParsersAction)]
     others = (preview_parser(), chat_parser(), plan_parser(), doctor_parser(), launch_parser())
+    others += (serve_parser(), web_parser(), convert_parser(), merge_parser(), quantize_parser())
     parsers = (train_parser(), *others, *commands.choices.values())
     known = {word for parser in parsers for action in parser._actions for word in action.option_strings}
     return known | {f"--{name}" for name in RENAMED}
@@ -184,7 +200,7 @@ def test_files_exist(text):
     missing = {path for path in paths if not (ROOT / path).exists()}
     assert missing <= WRITTEN_BY_A_RUN | NOT_IN_THE_REPOSITORY
     layout = [line.split()[0] for line in blocks(text, "text")[-1].splitlines()]
-    assert len(layout) == 24 and all((ROOT / path).exists() for path in layout)
+    assert len(layout) == 26 and all((ROOT / path).exists() for path in layout)
     chat = {word for word in named if re.fullmatch(r"/[a-z]+", word)}
     assert chat == set(CHAT_COMMANDS)
 
@@ -356,15 +372,19 @@ def place(tmp_path_factory):
     return place
 
 
-def do(place, *command):
-    """Output of a command in ``place``, which must succeed."""
-    env = {
+def settings(place):
+    """The environment of commands there."""
+    return environment() | {
         "PATH": f"{environment()['PATH']}:{place / 'bin'}",
         "PYTHONPATH": str(ROOT),
         "BAICHUAN_SFT_CACHE": str(place / "cache"),
         "HF_MODULES_CACHE": str(place / "modules"),
     }
-    done = run(command, cwd=place, **env)
+
+
+def do(place, *command):
+    """Output of a command in ``place``, which must succeed."""
+    done = run(command, cwd=place, **settings(place))
     assert done.returncode == 0, f"{command}\n{done.stdout[-4000:]}"
     return done.stdout
 
@@ -383,10 +403,11 @@ def outputs(place):
 
 @pytest.mark.slow
 def test_commands_run_and_leave_what_is_promised(outputs, place):
-    assert len(outputs) == 8
+    assert len(outputs) == 9
     assert "--warmup_ratio is called --warmup_steps today" in "".join(outputs.values())
-    for name in ("output", "output-lora", "output-one"):
+    for name in ("output", "output-lora", "output-one", "merged", "merged-nf4", "modern"):
         verify(place / name)
+    assert outputs["baichuan-sft inspect merged-gguf"].count("llama.cpp")
     assert json.loads((place / "output-lora" / "adapter_config.json").read_text())["r"] == 32
     assert json.loads((place / "output" / "run.json").read_text())["world_size"] == 2
     left = [path for name in ("output", "output-lora") for path in (place / name).iterdir()]
@@ -397,6 +418,28 @@ def test_commands_run_and_leave_what_is_promised(outputs, place):
     (prepared,) = [output for command, output in outputs.items() if " data prepare " in command]
     assert "prepared: " in prepared
     assert prepared.startswith(blocks(DOCS["data.md"], "text")[0].rstrip())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", SERVERS)
+def test_servers_answer_until_they_are_stopped(command, outputs, place):
+    port, (path, expected) = free_port(), SERVERS[command]
+    words = [*command.split(), "--port", str(port)]
+    with (place / "server.log").open("w+") as log:
+        server = subprocess.Popen(words, cwd=place, env=settings(place), stdout=log, stderr=subprocess.STDOUT)
+        try:
+            deadline, answer = time.monotonic() + 240, ""
+            while expected not in answer:
+                assert server.poll() is None and time.monotonic() < deadline, (
+                    place / "server.log"
+                ).read_text()
+                time.sleep(0.2)
+                with contextlib.suppress(OSError):
+                    answer = urlopen(f"http://127.0.0.1:{port}/{path}", timeout=10).read().decode()
+            server.terminate()
+            assert server.wait(timeout=30) in (0, 143)
+        finally:
+            server.kill()
 
 
 @pytest.mark.slow

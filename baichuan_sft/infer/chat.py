@@ -9,9 +9,11 @@ from typing import Any
 
 from baichuan_sft.arguments import Parser, at_least_1, number
 from baichuan_sft.errors import EnvironmentFault, UserError, first_line
-from baichuan_sft.quantization import QUANTIZATIONS, num_elements, quantization_of
+from baichuan_sft.quantization import QUANTIZATIONS, num_elements, quantization_of, stored_quantization
+from baichuan_sft.variants import architecture
 
 DTYPES = {"auto": "auto", "bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+CHARACTERS_PER_TOKEN = 32  # the longest piece of either vocabulary
 EXAMPLE = """baichuan-sft chat out
   baichuan-sft chat out/checkpoint-100 --greedy --system 'Answer briefly.'
   baichuan-sft chat Baichuan2-13B-Chat --dtype bf16 --quantize nf4
@@ -87,6 +89,10 @@ def load(args: Any) -> tuple[Any, Any]:
         disable_progress_bar()
     config, tokenizer = load_config(base_of(args.path)), load_tokenizer(args.path)
     _check_fit(args, config, tokenizer)
+    if args.compile and (stored := stored_quantization(config)):
+        raise UserError(
+            f"{args.path}: is {stored}, which transformers does not compile; leave --compile out."
+        )
     model = load_model(args.path, dtype=DTYPES[args.dtype], device=device, quantize=args.quantize)
     model.requires_grad_(False)  # NormHead then keeps the norms of its rows
     if args.seed is not None:
@@ -126,7 +132,7 @@ def static_cache(model: Any) -> Any:
     return StaticCache(config=model.config, max_cache_len=model.config.context_length)
 
 
-def states(chat: Any, messages: list[dict[str, str]], show: Callable[[str], None]) -> None:
+def states(chat: Any, messages: list[dict[str, Any]], show: Callable[[str], None]) -> None:
     """Call ``show`` with the whole answer so far, after each token.
 
     Args:
@@ -172,11 +178,37 @@ def _check_fit(args: Any, config: Any, tokenizer: Any) -> None:
     from baichuan_sft.checkpoint import check_vocabulary
 
     check_vocabulary(args.path, config, tokenizer)
-    if args.max_new_tokens is not None and args.max_new_tokens >= config.context_length:
+    check_room(args, config.context_length)
+
+
+def check_room(args: Any, context_length: int) -> None:
+    """
+    Raises:
+        UserError: an answer as long as the context, which leaves none for the question.
+    """
+    if args.max_new_tokens is not None and args.max_new_tokens >= context_length:
         raise UserError(
             f"--max_new_tokens {args.max_new_tokens} leaves no room for a question in the model's "
-            f"{config.context_length} tokens."
+            f"{context_length} tokens."
         )
+
+
+def check_text(text: str, context_length: int) -> None:
+    """Refuse at once what would take minutes to tokenise and be cut, or could not be tokenised at all.
+
+    Raises:
+        UserError: more than the context can hold, or half of a surrogate pair.
+    """
+    if len(text) > (most := context_length * CHARACTERS_PER_TOKEN):
+        raise UserError(
+            f"this text has {len(text):,} characters, the model's {context_length:,} tokens hold {most:,} at "
+            "most; nothing was sent. Send a part of it."
+        )
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        raise UserError(f"text has a lone surrogate U+{code:04X} at character {error.start}.") from None
 
 
 def describe(model: Any) -> str:
@@ -190,15 +222,3 @@ def describe(model: Any) -> str:
     for adapter in getattr(model, "peft_config", {}).values():
         line += f", adapter {','.join(sorted(adapter.target_modules))} r={adapter.r}"
     return line
-
-
-def architecture(config: Any) -> str:
-    """The name in VARIANTS whose position embedding and head these are."""
-    from baichuan_sft.model.configuration_baichuan import BaichuanConfig
-    from baichuan_sft.variants import VARIANTS
-
-    for name, variant in VARIANTS.items():
-        known = BaichuanConfig(**variant.config)
-        if (known.position_embedding, known.lm_head) == (config.position_embedding, config.lm_head):
-            return name
-    raise AssertionError(f"no variant has {config.position_embedding} and {config.lm_head}")

@@ -29,6 +29,7 @@ from .chat_template_baichuan import read_messages  # noqa: F401  (older transfor
 from .configuration_baichuan import BaichuanConfig
 from .elementwise_baichuan import rms_norm, split_and_rotate, swiglu
 from .head_baichuan import BaichuanHead
+from .quantize_baichuan import QuantizeMixin
 
 
 class BaichuanRMSNorm(nn.Module):
@@ -222,8 +223,8 @@ def max_cache_length(cache):
     return cache.layers[0].max_cache_len if cache is not None and cache.is_compileable else None
 
 
-class BaichuanForCausalLM(BaichuanPreTrainedModel, ChatMixin, GenerationMixin):
-    """A Baichuan model with its head, its loss and ``chat``."""
+class BaichuanForCausalLM(QuantizeMixin, BaichuanPreTrainedModel, ChatMixin, GenerationMixin):  # type: ignore[misc]
+    """A Baichuan model with its head, its loss, ``chat`` and ``quantize``."""
 
     def __init__(self, config):
         super().__init__(config)
