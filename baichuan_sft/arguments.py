@@ -58,6 +58,10 @@ def _underscored(word: str) -> str:
     return f"--{name[2:].replace('-', '_')}{equals}{value}" if name.startswith("--") else word
 
 
+# name on the command line -> torch's; auto: as stored
+DTYPES = {"auto": "auto", "bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
 def number(kind: type[int] | type[float], rule: str, holds: Callable[[float], bool]) -> Callable[[str], Any]:
     """An argparse ``type``: a finite number that ``holds``.
 
@@ -70,7 +74,7 @@ def number(kind: type[int] | type[float], rule: str, holds: Callable[[float], bo
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not math.isfinite(value) or not holds(value):
+        if value != value or value in (math.inf, -math.inf) or not holds(value):
             raise argparse.ArgumentTypeError(f"{text!r} is not {rule}")
         return value
 

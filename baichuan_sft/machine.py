@@ -1,4 +1,4 @@
-"""This machine: its addresses and ports, what it reaches, who holds what. Standard library only."""
+"""This machine: its memory, addresses and ports, what it reaches, who holds what. Standard library only."""
 
 from __future__ import annotations
 
@@ -42,6 +42,28 @@ def disk_kind(path: Path) -> str:
         if real.is_relative_to(point) and len(point) >= best:  # of two on one point the later counts
             best, kind = len(point), name
     return kind
+
+
+def host_memory(root: Path = Path("/")) -> tuple[float, float]:
+    """Bytes of RAM in all and those to be had, of this machine or of the container where that is less."""
+    if not (root / "proc/meminfo").exists():  # not Linux
+        total = float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+        return total, total
+    lines = (line.split() for line in (root / "proc/meminfo").read_text().splitlines())
+    sizes = {words[0].rstrip(":"): float(words[1]) * 1024 for words in lines}
+    total, available = sizes["MemTotal"], sizes["MemAvailable"]
+    for limit, usage, cached in (
+        ("memory.max", "memory.current", "inactive_file"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),  # version 1
+    ):
+        group = root / "sys/fs/cgroup"
+        with contextlib.suppress(OSError, ValueError):  # no such group, or no limit: "max"
+            most = int((group / limit).read_text())
+            statistics = (group / usage).with_name("memory.stat").read_text()
+            cache = re.search(rf"^{cached} (\d+)$", statistics, re.MULTILINE)  # is given back when wanted
+            used = int((group / usage).read_text()) - (int(cache[1]) if cache else 0)
+            total, available = min(total, most), min(available, most - used)
+    return total, available
 
 
 # --- addresses ----------------------------------------------------------------------------------------

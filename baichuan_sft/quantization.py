@@ -1,4 +1,4 @@
-"""Linear layers in 8 or 4 bits, and 8-bit optimizers, both through bitsandbytes."""
+"""Linear layers in 8 or 4 bits, and 8-bit optimizers, both through bitsandbytes; where a model is put."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import importlib.util
 import math
 from typing import TYPE_CHECKING, Any
 
-from baichuan_sft.errors import EnvironmentFault, pick
+from baichuan_sft.errors import EnvironmentFault, first_line, pick
 from baichuan_sft.variants import LINEARS
 
 if TYPE_CHECKING:
@@ -23,6 +23,25 @@ QUANTIZATIONS: dict[str, dict[str, Any]] = {
 KEPT = ["lm_head"]
 # NF4 weights that share a scale, scales that share one, entries of the code and of that of the scales.
 BLOCK, NESTED_BLOCK, CODE, NESTED_CODE = 64, 256, 16, 256
+
+
+def device(name: str | None) -> str:
+    """The device of ``--device``, of which a tensor was asked; None: a GPU where there is one.
+
+    Raises:
+        EnvironmentFault: no such device, or one that holds no numbers.
+    """
+    import torch
+
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        found = torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # an assertion where torch is built without CUDA
+        raise EnvironmentFault(f"--device {name}: {first_line(error)}") from None
+    if found.type == "meta":
+        raise EnvironmentFault(f"--device {name}: holds no numbers; give cpu, cuda, cuda:1, ...")
+    return str(found)
 
 
 def require_bitsandbytes(what: str) -> None:

@@ -346,6 +346,12 @@ CATALOGUE = {
     "D15 no vocabulary": (put("tokenizer.model", b"{}"), 2, "its tokenizer cannot be used"),
     "D16 NaN": (poison(GATE, float("nan")), 4, f"{GATE} holds 2 of"),
     "D16 Inf": (poison("lm_head.weight", float("inf")), 4, "lm_head.weight holds 2 of"),
+    "D16 integers": (
+        state(lambda tensors: tensors.update({GATE: tensors[GATE].to(torch.int8)})),
+        4,
+        f"{GATE} is int8, expected one of bfloat16, float16, float32",
+    ),
+    "deep configuration": (put("config.json", b"[" * 100_000), 2, "config.json: not JSON"),
     "D18 code": (config(text_config={"trust_remote_code": True}), 2, "could make transformers run code"),
     "D28 packed, said": (config(quantization_config={"bits": 4}), 2, "quantised"),
     "D28 packed, unsaid": (
@@ -367,6 +373,17 @@ def test_catalogue(case, source, tmp_path, capsys):
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and words in lines[0] and str(source) in lines[0], lines
     assert not (tmp_path / "out").exists()
+
+
+def test_two_names_of_one_weight(source, tmp_path):
+    """A head tied to the embeddings, as torch.save leaves it: one storage."""
+    tensors = load_file(source / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    (source / "model.safetensors").unlink()
+    torch.save(tensors, source / "pytorch_model.bin")
+    assert guarded(dispatch, ["convert", str(source), str(tmp_path / "out")]) == 0
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(written["lm_head.weight"], tensors["model.embed_tokens.weight"])
 
 
 @needs_shared

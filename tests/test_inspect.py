@@ -1,6 +1,7 @@
 """What a directory is: every kind by its own marks, what it lacks, and the command that uses it."""
 
 import json
+import shlex
 import shutil
 import struct
 
@@ -14,7 +15,7 @@ from test_checkpoint import edit_json, save_adapter, save_base
 from baichuan_sft import commit
 from baichuan_sft.cli import dispatch, run
 from baichuan_sft.errors import UserError
-from baichuan_sft.export.kinds import inspect
+from baichuan_sft.export.kinds import Finding, inspect
 
 MARK = {"adapter": "lora"}
 
@@ -26,6 +27,14 @@ def kept(tmp_path_factory):
     golden_source(root / "vendor", "baichuan2-7b/a")
     save_adapter(root / "adapter", save_base(root / "base", "baichuan-13b"))
     return root
+
+
+def test_a_suggested_command_is_safe_to_paste():
+    """Names come from a directory that somebody else made."""
+    found = Finding("x")
+    found.command("chat", "B;$'\\151\\144';A", "MY MODEL", "FILE")
+    assert shlex.split(found.use[0]) == ["baichuan-sft", "chat", "B;$'\\151\\144';A", "MY MODEL", "FILE"]
+    assert found.use[0].endswith(" 'MY MODEL' FILE")
 
 
 @pytest.fixture
@@ -61,6 +70,10 @@ def test_an_adapter_and_its_base(copy):
     assert found.kind == "adapter" and found.lacks == [] and found.facts["fits its base"]
     assert found.facts["base"] == str(base) and found.facts["rank"] == 4
     assert found.use == [f"baichuan-sft chat {path}", f"baichuan-sft merge {path} DIR"]
+    for name in ("tokenizer.model", "model.safetensors"):
+        (base / name).unlink()
+        found = inspect(path)
+        assert any(name in lack or "no weights" in lack for lack in found.lacks) and found.use == []
     edit_json(path / "adapter_config.json", base_model_name_or_path=str(copy("vendor")))
     found = inspect(path)  # D19: another width
     assert (

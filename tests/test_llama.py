@@ -7,16 +7,17 @@ import unicodedata
 import pytest
 import torch
 from fixtures import ENCODED, HOSTILE, VOCABULARIES, golden, rows
+from jinja2 import TemplateError
 from peft import PeftModel
 from safetensors.torch import load_file
-from test_checkpoint import logits_of, save_adapter, save_base
+from test_checkpoint import edit_json, logits_of, save_adapter, save_base
 from test_golden import LOGITS, gap
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from baichuan_sft import commit
 from baichuan_sft.checkpoint import load_config, load_model, load_tokenizer
-from baichuan_sft.errors import UserError
+from baichuan_sft.errors import EnvironmentFault, UserError
 from baichuan_sft.export import convert
 from baichuan_sft.export.fast_tokenizer import merges, tokenizer_json
 from baichuan_sft.export.llama import as_llama, llama_config
@@ -108,6 +109,83 @@ def test_an_adapter_fits_the_llama_form(converted, kind, tmp_path):
     assert weights.keys() == load_names(model), "a name that PEFT does not know is dropped with a warning"
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(out)
+
+
+@pytest.mark.parametrize("kind", ["patterns", "rslora"])
+def test_an_adapters_one_scale_is_that_of_every_linear(converted, kind, tmp_path):
+    """Of adapter_config.json vLLM reads r, lora_alpha and use_rslora."""
+    base, out = converted
+    more = {"patterns": {}, "rslora": dict(use_rslora=True)}[kind]
+    adapter = save_adapter(tmp_path / "adapter", base, **ADAPTERS["patterns"], **more)
+    assert run(adapter, tmp_path / "out") == 0
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert not config["rank_pattern"] and not config["alpha_pattern"]
+    model = AutoModelForCausalLM.from_pretrained(out).eval()
+    scale = config["lora_alpha"] / config["r"] ** (0.5 if config["use_rslora"] else 1)
+    parts = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    linears = [name.removesuffix(".lora_A.weight") for name in parts if name.endswith(".lora_A.weight")]
+    with torch.no_grad():
+        for name in linears:
+            a, b = (parts[f"{name}.lora_{side}.weight"] for side in "AB")
+            assert len(a) == config["r"]
+            model.get_submodule(name.removeprefix("base_model.model.")).weight += scale * b @ a
+    torch.testing.assert_close(logits_of(model), logits_of(load_model(adapter)), **CLOSE)
+
+
+def test_an_adapters_report_says_what_is_lost_and_who_takes_it(converted, tmp_path, capsys):
+    base, _ = converted
+    adapter = save_adapter(tmp_path / "adapter", base, r=9)
+    assert run(adapter, tmp_path / "out") == 0
+    said = capsys.readouterr().out
+    assert "nothing is lost" in said and "--enable-lora --max-lora-rank 16 --lora" in said
+    assert run(adapter, tmp_path / "half", "--dtype", "bf16") == 0
+    said = capsys.readouterr().out
+    assert "rounded to bf16" in said and "nothing is lost" not in said
+    dora = save_adapter(tmp_path / "dora", base, use_dora=True, modules_to_save=["lm_head"])
+    assert run(dora, tmp_path / "dora-llama") == 0
+    said = capsys.readouterr().out
+    assert "vLLM takes no DoRA or modules_to_save: merge first, then convert" in said
+    assert ("the lengths are lost" in said) == (load_config(base).lm_head == "norm")
+    with pytest.raises(UserError, match="--max_shard_gib 1e-06: an adapter is one file"):
+        run(adapter, tmp_path / "small", "--max_shard_gib", 1e-6)
+
+
+def test_whole_weights_of_w_pack_are_named_in_their_parts(converted, tmp_path):
+    base, out = converted
+    adapter = save_adapter(tmp_path / "adapter", base, target_modules=["o_proj"], modules_to_save=["W_pack"])
+    assert run(adapter, tmp_path / "out") == 0
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(out), tmp_path / "out").eval()
+    torch.testing.assert_close(logits_of(model), logits_of(load_model(adapter)), **CLOSE)
+    assert load_file(tmp_path / "out" / "adapter_model.safetensors").keys() == load_names(model)
+
+
+@pytest.mark.parametrize("fault", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_an_adapter_that_is_not_written_leaves_nothing(converted, fault, tmp_path, monkeypatch):
+    def full(path, text):
+        if path.name == "adapter_config.json":
+            raise fault
+        write(path, text)
+
+    write = commit.write_synced
+    monkeypatch.setattr(commit, "write_synced", full)
+    adapter = save_adapter(tmp_path / "adapter", converted[0])
+    with pytest.raises(EnvironmentFault if isinstance(fault, OSError) else KeyboardInterrupt):
+        run(adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_with_more_than_its_vocabulary_is_refused(tmp_path):
+    base = save_base(tmp_path / "base", "baichuan-7b")
+    settings = base / "tokenizer_config.json"
+    edit_json(settings, add_bos_token=True)
+    with pytest.raises(UserError, match="add_bos_token or add_eos_token, which this form has not"):
+        run(base, tmp_path / "out")
+    edit_json(settings, add_bos_token=False)
+    tokenizer = load_tokenizer(base)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    with pytest.raises(UserError, match=r"added tokens \(<\|im_end\|>\)"):
+        tokenizer_json(tokenizer)
+    assert not (tmp_path / "out").exists()
 
 
 def load_names(model):
@@ -213,6 +291,13 @@ def test_the_chat_template_gives_the_same_ids(chatting, messages):
     for prompt in (False, True):
         options = dict(add_generation_prompt=prompt, return_dict=False)
         assert fast.apply_chat_template(messages, **options) == slow.apply_chat_template(messages, **options)
+
+
+@pytest.mark.parametrize("content", [None, [{"type": "text", "text": "x"}]])
+def test_content_that_is_no_text_is_refused(chatting, content):
+    for role in ("system", "user", "assistant"):
+        with pytest.raises(TemplateError, match="content must be a string"):
+            chatting[1].apply_chat_template([{"role": role, "content": content}])
 
 
 def test_no_message_forges_a_control_id(chatting):

@@ -114,16 +114,61 @@ def test_an_adapter_trained_in_another_place_takes_a_base_by_name(tmp_path):
     assert run(adapter, tmp_path / "out", "--base", base) == 0
 
 
-def test_a_result_whose_logits_are_not_the_adapters_is_refused(tmp_path, monkeypatch):
-    adapter = save_adapter(tmp_path / "adapter", save_base(tmp_path / "base"))
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_result_whose_logits_are_not_the_adapters_is_refused(dtype, tmp_path, monkeypatch):
+    adapter = save_adapter(tmp_path / "adapter", save_base(tmp_path / "base"), lora_alpha=0.05)
     monkeypatch.setattr(merge, "merged_weight", lambda weight, lora: weight.float())
-    with pytest.raises(CheckpointFault, match="its logits differ from the adapter's"):
+    with pytest.raises(CheckpointFault, match="its logits differ from those of PEFT's own merge"):
+        run(adapter, tmp_path / "out", "--dtype", dtype)
+    assert commit.problems(tmp_path / "out") == ["incomplete (no COMMIT)"]
+
+
+def test_an_untrained_adapter_is_said_to_change_nothing(tmp_path, capsys):
+    base = save_base(tmp_path / "base")
+    adapter = save_adapter(tmp_path / "adapter", base, init_lora_weights=True, use_dora=True)
+    assert run(adapter, tmp_path / "out", "--dtype", "bf16") == 0
+    assert "no linear changed: every B of the adapter is 0" in capsys.readouterr().out
+
+
+def test_what_cannot_be_read_or_written_leaves_nothing(tmp_path, monkeypatch):
+    adapter = save_adapter(tmp_path / "adapter", save_base(tmp_path / "base"))
+    (adapter / "generation_config.json").write_text("{")
+    with pytest.raises(UserError, match="not JSON"):
         run(adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    (adapter / "generation_config.json").unlink()
+
+    def full(path, text):
+        if path.name == "run.json":
+            raise OSError("No space left on device")
+        write(path, text)
+
+    write = commit.write_synced
+    monkeypatch.setattr(commit, "write_synced", full)
+    with pytest.raises(OSError, match="No space"):
+        run(adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("arch, module, message", [
+    ("baichuan-7b", "embed_tokens", r"holds .*lora_embedding_A, no update of a linear"),
+    ("baichuan2-7b", "lm_head", "adapts lm_head, whose rows this model divides"),
+])  # fmt: skip
+def test_a_lora_that_no_weights_can_hold_is_refused(arch, module, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(merge, "host_memory", lambda: (0, 0))  # not by the comparison, which would see it too
+    base = save_base(tmp_path / "base", arch)
+    adapter = save_adapter(tmp_path / "adapter", base, target_modules=["W_pack", module])
+    file = adapter / "adapter_model.safetensors"
+    # PEFT adds the whole embeddings where it is not told to leave them out.
+    save_file({name: t for name, t in load_file(file).items() if "base_layer" not in name}, file)
+    with pytest.raises(UserError, match=message):
+        run(adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_without_the_memory_the_logits_are_not_compared_and_it_says_so(tmp_path, monkeypatch, capsys):
     adapter = save_adapter(tmp_path / "adapter", save_base(tmp_path / "base"))
-    monkeypatch.setattr(merge, "available_memory", lambda: 0)
+    monkeypatch.setattr(merge, "host_memory", lambda: (0, 0))
     assert run(adapter, tmp_path / "out") == 0
     assert "logits not compared: that takes" in capsys.readouterr().out
 
@@ -181,8 +226,29 @@ def with_nan(adapter):
     save_file(state, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
+def with_too_much(adapter):
+    """Finite itself, not so in the sum."""
+    state = load_file(adapter / "adapter_model.safetensors")
+    save_file({k: t * 1e4 for k, t in state.items()}, adapter / "adapter_model.safetensors")
+    edit_json(adapter / "adapter_config.json", lora_alpha=1e38)
+
+
 WRONG_ADAPTERS = {
     "NaN or infinite": with_nan,
+    "lora_alpha is nan": lambda adapter: edit_json(adapter / "adapter_config.json", lora_alpha=float("nan")),
+    "lora_alpha is 1e\\+39": lambda adapter: edit_json(adapter / "adapter_config.json", lora_alpha=1e39),
+    "lora_alpha is None": lambda adapter: edit_json(adapter / "adapter_config.json", lora_alpha=None),
+    "lora_alpha is 'x'": lambda adapter: edit_json(
+        adapter / "adapter_config.json", alpha_pattern={"W_pack": "x"}
+    ),
+    "init_lora_weights is 7": lambda adapter: edit_json(adapter / "adapter_config.json", init_lora_weights=7),
+    "W_pack.weight holds .* values that are NaN or infinite": with_too_much,
+    "PEFT cannot put this adapter on its base: .*subpattern": lambda adapter: edit_json(
+        adapter / "adapter_config.json", target_modules="("
+    ),
+    "PEFT cannot put this adapter on its base: .*no attribute": lambda adapter: edit_json(
+        adapter / "adapter_config.json", rank_pattern=["W_pack"]
+    ),
     "of kind IA3": lambda adapter: edit_json(adapter / "adapter_config.json", peft_type="IA3"),
     "init_lora_weights 'pissa'": lambda adapter: edit_json(
         adapter / "adapter_config.json", init_lora_weights="pissa"

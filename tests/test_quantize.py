@@ -1,5 +1,6 @@
 """``baichuan-sft quantize``, loading what it writes, and the vendor's own packings taken apart."""
 
+import io
 import json
 import math
 import re
@@ -154,16 +155,21 @@ def test_text_is_measured_too(nano, tmp_path, capsys):
 def test_the_vendors_scores_are_of_the_same_architecture_or_none(arch, name):
     from rich.console import Console
 
-    console = Console(record=True, quiet=False, file=open("/dev/null", "w"))  # noqa: SIM115
+    console = Console(file=io.StringIO(), width=100)
     console.print(quantize.published(arch, name))
-    text = console.export_text()
+    text = console.file.getvalue()
     known = quantize.PUBLISHED.get(arch)
     if known is None or name not in known.quantised:
         assert text.strip() == f"The vendor published no scores of {name} for {arch}."
         return
     assert known.model.lower().startswith(arch) and known.model in text and known.source in text
-    assert all(a > b for a, b in zip(known.whole, known.quantised[name][1], strict=True))  # the README's drop
-    assert text.count("-") >= 3
+    how, scores = known.quantised[name]
+    rows = {
+        row: [float(cell) for cell in found] for row, found in cells(text).items() if row != "five-shot, %"
+    }
+    assert rows.pop("change") == pytest.approx([b - a for a, b in zip(known.whole, scores)], abs=0.006)
+    assert rows == {known.model: list(known.whole), how: list(scores)}
+    assert all(a > b for a, b in zip(known.whole, scores, strict=True))  # the README's drop
 
 
 # --- what is refused --------------------------------------------------------------------------------
@@ -200,6 +206,43 @@ def test_other_logits_after_loading_leave_nothing(nano, tmp_path, monkeypatch):
     with pytest.raises(CheckpointFault, match="gives other logits than what was written, and was removed"):
         quantize.main([str(nano), str(tmp_path / "out"), "--to", "nf4"])
     assert not (tmp_path / "out").exists()
+
+
+def test_logits_that_are_no_numbers_are_not_written(nano, tmp_path):
+    path = shutil.copytree(nano, tmp_path / "large")
+    tensors = load_file(path / "model.safetensors")
+    for layer in range(2):
+        tensors[f"model.layers.{layer}.mlp.down_proj.weight"] *= 1e6  # finite in fp16, its products are not
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(NumericalFault, match="large: its logits are not finite; try --dtype bf16, or fp32"):
+        quantize.main([str(path), str(tmp_path / "out"), "--to", "nf4", "--dtype", "fp16"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_the_first_forward_changes_is_not_what_is_written(nano, tmp_path, monkeypatch):
+    """bitsandbytes repacks NF4 on some CPUs, and packs the scales again when they are saved, rounded."""
+    probe = quantize.probe
+
+    def probe_and_repack(model):
+        logits = probe(model)
+        for layer in model.model.layers:
+            layer.mlp.up_proj.weight.data = torch.zeros_like(layer.mlp.up_proj.weight.data)
+            layer.mlp.up_proj.weight.quant_state.absmax = torch.zeros(1)
+        return logits
+
+    monkeypatch.setattr(quantize, "probe", probe_and_repack)
+    assert quantize.main([str(nano), str(tmp_path / "out"), "--to", "nf4"]) == 0
+    live = load_model(nano, quantize="nf4")
+    assert torch.equal(logits_of(live), logits_of(load_model(tmp_path / "out")))
+
+
+@pytest.mark.parametrize("name", ["meta", "quantum", "cuda:99"])
+def test_a_device_that_is_not_there_is_what_is_blamed(nano, tmp_path, name):
+    with pytest.raises(EnvironmentFault, match=f"--device {name}: ") as caught:
+        quantize.main([str(nano), str(tmp_path / "out"), "--to", "nf4", "--device", name])
+    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+    with pytest.raises(EnvironmentFault, match=f"--device {name}: "):
+        chat.load(chat.build_parser().parse_args([str(nano), "--device", name]))
 
 
 @pytest.mark.parametrize("name", QUANTIZATIONS)
@@ -535,3 +578,44 @@ FOREIGN = [
 def test_other_packings_are_refused_by_name(tensors, message):
     with pytest.raises(CheckpointFault, match=re.escape(message)):
         unpack("x.weight", tensors)
+
+
+def nf4_entries(**changes):
+    """A packed weight of 512 by 128, 1024 blocks; entries of its state changed by function."""
+    torch.manual_seed(0)
+    entries = pack(torch.randn(512, 128).half(), "nf4")
+    state = dict(
+        zip(("absmax", "shape", "dtype", "block", "nested", "kind", "code"), entries[".weight.quant_state"])
+    )
+    entries[".weight.quant_state"] = [changes.get(key, lambda x: x)(part) for key, part in state.items()]
+    entries[".weight.data"] = changes.get("packed", lambda x: x)(entries[".weight.data"])
+    return {f"x{suffix}": part for suffix, part in entries.items()}
+
+
+def cut(tensor):
+    return tensor[:-1].clone()
+
+
+def nested(position, change):
+    return lambda part: [part[0], [change(x) if i == position else x for i, x in enumerate(part[1])]]
+
+
+CUT = [
+    (dict(absmax=cut), "1023 scales, expected 1024"),
+    (dict(code=cut), "15 codes, expected 16"),
+    (dict(packed=cut), "32767 weights, expected 32768"),
+    (dict(nested=nested(0, cut)), "3 scales of scales, expected 4"),
+    (dict(nested=nested(1, cut)), "255 codes of scales, expected 256"),
+    (dict(nested=nested(2, lambda size: 0)), "division by zero"),
+    (dict(shape=lambda shape: torch.Size([4096, 4096])), "weights, expected 8388608"),
+    (dict(block=lambda block: 0), "division by zero"),
+    (dict(kind=lambda kind: "fp4"), "of type 'fp4', expected 'nf4'"),
+]
+
+
+@pytest.mark.parametrize("changes, message", CUT, ids=[message for _, message in CUT])
+def test_a_cut_nf4_packing_is_refused(changes, message):
+    """bitsandbytes' kernels read past the end of what is too short and return what they find there."""
+    assert unpack("x.weight", nf4_entries()).shape == (512, 128)
+    with pytest.raises(CheckpointFault, match=rf"x.weight: .*{re.escape(message)}.*; take the 16-bit model"):
+        unpack("x.weight", nf4_entries(**changes))

@@ -331,6 +331,7 @@ def test_settings_are_shown(talk):
         ("max_new_tokens 64", "leaves no room for a question in the model's 64 tokens"),
         ("greedy maybe", "/set greedy maybe: it is on or off"),
         ("seed -1", "'-1' is not a whole number from 0"),
+        ("seed " + "9" * 400, "is not a whole number from 0"),
     ],
 )
 def test_wrong_settings_change_nothing(talk, words, message):
@@ -366,7 +367,7 @@ def test_a_saved_conversation_is_training_data(talk, tmp_path):
     ]
     assert "error: /save FILE: say where." in err and "2 turns saved" in err
     assert [path.name for path in tmp_path.iterdir()] == [file.name]
-    assert data(["check", str(file)]) == 0
+    assert data(["check", str(file), "--output_dir", str(tmp_path / "report")]) == 0
     loaded, _, err = talk(f"四\n/load {file}\n五\n", ["d"], ["e"])
     assert loaded.model.asked[1] == [
         ("system", "简短"),
@@ -406,7 +407,9 @@ def test_files_that_cannot_be(talk, tmp_path):
         "/save a\0b",
     ]
     lines += ["/load", f"/load {tmp_path}/none", f"/load {page}", f"/load {text}", f"/load {tmp_path}"]
-    lines += [f"/load {tmp_path}/odd.json", "/load /dev/null", "/load a\0b", "/retry"]
+    lines += [f"/load {tmp_path}/odd.json", "/load /dev/null", "/load a\0b"]
+    lines += ["/save ~nobody-of-that-name/x", "/load ~nobody-of-that-name/x", "/load " + "a" * 5000]
+    lines += [f"/load {taken} {'9' * count}" for count in (20, 5000)] + ["/retry"]
     chat, _, err = talk("\n".join(lines), ["a"], ["b"])
     assert len([line for line in err.splitlines() if line.startswith("error: ")]) == len(lines) - 2, err
     assert len(err.splitlines()) == len(lines) - 2

@@ -207,6 +207,16 @@ def test_quantize_twice(vendor):
 
 
 @pytest.mark.parametrize("bits", BITS)
+def test_an_adapter_is_not_quantised(vendor, bits):
+    """Its two factors are linears too, and PEFT would cast activations to their 8-bit integers."""
+    pytest.importorskip("bitsandbytes")
+    model = get_peft_model(load(vendor["baichuan2-7b"]), LoraConfig(target_modules=["W_pack"]))
+    with pytest.raises(ValueError, match="quantise its base and load it on that"):
+        model.quantize(bits)
+    assert model.merge_and_unload().quantize(bits) is not None
+
+
+@pytest.mark.parametrize("bits", BITS)
 def test_load_in_bits(vendor, bits):
     """The spelling of the README, which transformers 5 itself no longer takes."""
     pytest.importorskip("bitsandbytes")

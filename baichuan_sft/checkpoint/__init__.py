@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,13 +83,15 @@ def load_tokenizer(path: str | Path) -> BaichuanTokenizer:
     from baichuan_sft.model.tokenization_baichuan import BaichuanTokenizer
 
     path = Path(path)
-    if path.is_file():
-        return BaichuanTokenizer(vocab_file=str(path))
+    file = path if path.is_file() else None
     if is_adapter(path) and not (path / "tokenizer.model").is_file():
         path = Path(base_of(path))
-    if not (path / "tokenizer.model").is_file():
+    if not file and not (path / "tokenizer.model").is_file():
         raise UserError(f"{path}: no tokenizer.model in it; copy the one of the base model there.")
-    return BaichuanTokenizer.from_pretrained(path)
+    try:
+        return BaichuanTokenizer(vocab_file=str(file)) if file else BaichuanTokenizer.from_pretrained(path)
+    except (OSError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: its tokenizer cannot be used: {first_line(error)}") from None
 
 
 def check_vocabulary(path: str | Path, config: BaichuanConfig, tokenizer: BaichuanTokenizer) -> None:
@@ -160,8 +163,8 @@ def expected_adapter_shapes(path: Path, base: BaichuanConfig) -> Shapes:
             config.init_lora_weights = True  # the others compute on the base's weights, which are not here
         with torch.device("meta"):
             model = get_peft_model(BaichuanForCausalLM(base), config)
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: PEFT cannot put this adapter on its base: {error}") from None
+    except (AttributeError, KeyError, TypeError, ValueError, re.error) as error:
+        raise UserError(f"{path}: PEFT cannot put this adapter on its base: {first_line(error)}") from None
     return {
         name: tuple(t.shape)
         for name, t in get_peft_model_state_dict(model, save_embedding_layers=False).items()
@@ -227,6 +230,8 @@ def load_model(
     config = load_config(base)
     known = {name: s for name, s in file_shapes(Path(base)).items() if "rotary_emb.inv_freq" not in name}
     compare_shapes(base, known, expected_shapes(config, known))
+    if (settings := Path(base) / "generation_config.json").is_file():
+        read_json(settings)  # of a damaged one transformers says nothing and takes its own
     options: dict[str, Any] = {}
     stored = stored_quantization(config)
     if stored is not None:
@@ -244,7 +249,7 @@ def load_model(
         loaded: Any = BaichuanForCausalLM.from_pretrained(
             base, config=config, dtype=dtype, attn_implementation=attn, output_loading_info=True, **options
         )
-    except (OSError, RuntimeError) as error:
+    except (LookupError, OSError, RuntimeError) as error:
         raise CheckpointFault(f"{base}: its weights cannot be read: {first_line(error)}") from None
     model, info = loaded
     if stored is not None:

@@ -60,7 +60,7 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{path}: not JSON: {error}.") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected an object, got {type(content).__name__}.")
@@ -205,7 +205,7 @@ def fingerprint(path: str | Path) -> str | None:
         tensors = opened(file)
         parts = [tensors[name][:FINGERPRINT_ROWS] for name in FINGERPRINT if name in tensors]
         for part in parts:
-            digest.update(part.float().contiguous().numpy().tobytes())
+            digest.update(part.detach().float().contiguous().numpy().tobytes())
             found += 1
     return digest.hexdigest() if found == len(FINGERPRINT) else None
 

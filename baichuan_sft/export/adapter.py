@@ -33,6 +33,7 @@ APPLIED = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "us
 APPLIED |= {"target_modules", "layers_to_transform", "layers_pattern", "exclude_modules", "init_lora_weights"}
 NO_MATTER = {"base_model_name_or_path", "inference_mode", "task_type", "revision", "auto_mapping"}
 NO_MATTER |= {"lora_dropout", "peft_version", "corda_config", "eva_config", "loftq_config", "lora_ga_config"}
+MAX_FP32 = (2 - 2**-23) * 2.0**127
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,10 @@ class Adapter:
         magnitude = None
         if self.config.get("use_dora"):
             magnitude = self.part(f"{PREFIX}{module}.lora_magnitude_vector").float()
-        rank, alpha = self.scale(module)
-        return Lora(a, b, alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank), magnitude)
+        return Lora(a, b, self.scaling(module), magnitude)
+
+    def scaling(self, module: str) -> float:
+        return scaling(self.config, *self.scale(module))
 
     def replacement(self, name: str) -> torch.Tensor:
         return self.part(self.saved[name])
@@ -98,6 +101,10 @@ class Adapter:
         patterns: dict[str, float] = self.config.get("alpha_pattern") or {}
         alpha = patterns.get(get_pattern_key(list(patterns), module), self.config["lora_alpha"])
         return self._parts[f"{PREFIX}{module}.lora_A.weight"][:].shape[0], alpha
+
+
+def scaling(config: dict[str, Any], rank: int, alpha: float) -> float:
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def open_adapter(path: str | Path, base: str | None = None) -> Adapter:
@@ -123,7 +130,11 @@ def open_adapter(path: str | Path, base: str | None = None) -> Adapter:
     inner = [name.removeprefix(PREFIX) for name in parts]
     modules = [name.removesuffix(".lora_A.weight") for name in inner if name.endswith(".lora_A.weight")]
     saved = {name: PREFIX + name for name in inner if ".lora_" not in name}
-    assert saved.keys() <= source.shapes.keys() and all(f"{m}.weight" in source.shapes for m in modules)
+    kinds = (".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector")
+    if odd := [name for name in inner if name not in source.shapes and not name.endswith(kinds)]:
+        raise UserError(
+            f"{path}: holds {odd[0]}, no update of a linear; let PEFT's own merge_and_unload do it."
+        )
     record = path / "run.json"
     run = read_json(record) if record.is_file() else {}
     return Adapter(path, source, config, run, modules, saved, parts)
@@ -167,6 +178,15 @@ def check_kind(path: Path, config: dict[str, Any]) -> None:
                 f"{path}/adapter_config.json: {name} is {value!r}, which is not known here; let PEFT's own "
                 "merge_and_unload do it."
             )
+    patterns = config.get("alpha_pattern") or {}
+    alphas = [config.get("lora_alpha"), *(patterns.values() if isinstance(patterns, dict) else [patterns])]
+    for alpha in alphas:
+        if not (isinstance(alpha, int | float) and abs(alpha) <= MAX_FP32):
+            raise UserError(f"{path}/adapter_config.json: lora_alpha is {alpha!r}; expected a finite number.")
+    if not isinstance(how := config.get("init_lora_weights"), bool | str | None):
+        raise UserError(
+            f"{path}/adapter_config.json: init_lora_weights is {how!r}; expected true, false or a name."
+        )
     start = str(config.get("init_lora_weights", "")).lower()
     if start.startswith(TAKES_FROM_BASE):
         raise UserError(

@@ -23,12 +23,26 @@ from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
+from baichuan_sft.errors import UserError
+
 NORMAL, USER_DEFINED = 1, 4  # sentencepiece_model.proto, ModelProto.SentencePiece.Type
 Pair = tuple[str, str]
 
 
 def tokenizer_json(tokenizer: Any) -> dict[str, Any]:
-    """What ``tokenizer.json`` holds for a ``BaichuanTokenizer``."""
+    """What ``tokenizer.json`` holds for a ``BaichuanTokenizer``.
+
+    Raises:
+        UserError: it has more than its SentencePiece model.
+    """
+    more = sorted(name for i, name in tokenizer.added_tokens_decoder.items() if i >= tokenizer.vocab_size)
+    what = f"added tokens ({', '.join(map(str, more[:3]))})" if more else ""
+    if not what and tokenizer("a")["input_ids"] != tokenizer.encode_text("a"):
+        what = "add_bos_token or add_eos_token"
+    if what:
+        raise UserError(
+            f"{tokenizer.vocab_file}: its tokenizer has {what}, which this form has not; use `serve`."
+        )
     model = read_pieces(tokenizer)
     names, charsmap = [name for name, _, _ in model.pieces], model.charsmap
     control = [names[i] for i in sorted(tokenizer.control_ids)]

@@ -74,7 +74,8 @@ def write(source: Source, out: Path, args: argparse.Namespace) -> list[str]:
     """Write ``out/model-TYPE.gguf`` and ``out/Modelfile``; returns the lines of the report.
 
     Raises:
-        UserError: a type that cannot hold the weights, or more layers than llama.cpp knows.
+        UserError: a type that cannot hold the weights, more layers than llama.cpp knows, or settings that
+            are no numbers.
         EnvironmentFault: the gguf library is not there, or the disk does not take the file.
     """
     gguf = _library()
@@ -90,19 +91,20 @@ def write(source: Source, out: Path, args: argparse.Namespace) -> list[str]:
             f"{source.path}: has {config.num_hidden_layers} layers; llama.cpp knows this family's models of "
             f"{layers} ({config.position_embedding}) and no others. Use it with `baichuan-sft serve`."
         )
+    pieces, special = vocabulary(source), special_ids(source)
+    description = modelfile(source, pieces, f"model-{kind}.gguf")
     plan = [(part, _type_of(part, kind, gguf)) for part in parts(source, layers)]
     sizes = [_size(part.shape, qtype, gguf) for part, qtype in plan]
     new_directory(out, sum(sizes))
     path = out / f"model-{kind}.gguf"
     partial = path.with_suffix(".partial")  # nothing loads it under this name
-    pieces = vocabulary(source)
     rounding = Rounding()
     try:
         out.mkdir(parents=True, exist_ok=True)
         writer = gguf.GGUFWriter(partial, "baichuan")
         try:
             _describe(writer, source, layers, file_type, gguf)
-            _add_vocabulary(writer, source, pieces)
+            _add_vocabulary(writer, source, pieces, special)
             for (part, qtype), size in zip(plan, sizes):
                 writer.add_tensor_info(part.name, part.shape, None, size, raw_dtype=qtype)
             writer.write_header_to_file()
@@ -116,7 +118,7 @@ def write(source: Source, out: Path, args: argparse.Namespace) -> list[str]:
         finally:
             writer.close()
         partial.rename(path)
-        (out / "Modelfile").write_text(modelfile(source, pieces, path.name), encoding="utf-8")
+        (out / "Modelfile").write_text(description, encoding="utf-8")
     except BaseException as error:
         shutil.rmtree(out, ignore_errors=True)
         if isinstance(error, OSError):
@@ -238,17 +240,36 @@ def _describe(writer: Any, source: Source, layers: int, file_type: Any, gguf: An
         writer.add_max_alibi_bias(ALIBI_MAX_BIAS)
 
 
-def _add_vocabulary(writer: Any, source: Source, pieces: Any) -> None:
-    config = source.config
+def special_ids(source: Source) -> dict[str, int]:
+    """bos, eos and pad -> id, of those that the model has; of several the first, a file holds one.
+
+    Raises:
+        UserError: an id that the vocabulary does not have.
+    """
+    found = {}
+    for name in ("bos", "eos", "pad"):
+        given = getattr(source.config, f"{name}_token_id")
+        token_id = next(iter(given), None) if isinstance(given, list) else given
+        if token_id is None:
+            continue
+        if type(token_id) is not int or not 0 <= token_id < source.config.vocab_size:
+            raise UserError(
+                f"{source.path / 'config.json'}: {name}_token_id is {given!r}, expected one from 0 to "
+                f"{source.config.vocab_size - 1}; correct it."
+            )
+        found[name] = token_id
+    return found
+
+
+def _add_vocabulary(writer: Any, source: Source, pieces: Any, special: dict[str, int]) -> None:
     writer.add_tokenizer_model("llama")  # SentencePiece BPE
     writer.add_tokenizer_pre("default")
     writer.add_token_list(pieces.texts)
     writer.add_token_scores(pieces.scores)
     writer.add_token_types(pieces.types)
     writer.add_unk_token_id(0)
-    writer.add_bos_token_id(config.bos_token_id)
-    writer.add_eos_token_id(config.eos_token_id)
-    writer.add_pad_token_id(config.pad_token_id)
+    for name, token_id in special.items():
+        getattr(writer, f"add_{name}_token_id")(token_id)
     writer.add_add_bos_token(False)  # the defaults of SentencePiece vocabularies are others
     writer.add_add_eos_token(False)
     writer.add_add_space_prefix(False)
@@ -256,7 +277,7 @@ def _add_vocabulary(writer: Any, source: Source, pieces: Any) -> None:
 
 
 def _changes(source: Source, layers: int, pieces: Any) -> list[str]:
-    config, lines = source.config, []
+    config, num_pieces, lines = source.config, len(source.tokenizer.sp_model), []
     if config.lm_head == "norm":
         lines.append("NormHead is folded: every row of the head has length 1, further training would differ")
     if (added := layers - config.num_hidden_layers) > 0:
@@ -264,6 +285,19 @@ def _changes(source: Source, layers: int, pieces: Any) -> list[str]:
             f"{added} layers of zeros are added to the {config.num_hidden_layers}, which change nothing: "
             f"llama.cpp knows {config.position_embedding} models of this family by their {layers} layers"
         )
+    eos = config.eos_token_id
+    if isinstance(eos, list) and len(eos) > 1:
+        lines.append(f"eos_token_id {eos}: the file holds one, the first; give the others as stops")
+    tokens = {text: i for text, i in source.tokenizer.get_added_vocab().items() if i >= num_pieces}
+    kept = [repr(text) for text, i in tokens.items() if pieces.texts[i] == text]
+    lost = [repr(text) for text, i in tokens.items() if pieces.texts[i] != text]
+    if kept:
+        lines.append(
+            f"added tokens {', '.join(kept)}: no text encodes to them, and llama.cpp prints them "
+            "with --special only"
+        )
+    if lost:
+        lines.append(f"added tokens {', '.join(lost)} are lost: any message could hold them")
     if pieces.normalised:
         lines.append(
             "llama.cpp's tokenizer does not normalise: full-width letters and brackets become bytes. The "

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from typing import Any
 
+from baichuan_sft.errors import UserError
 from baichuan_sft.export.source import Source
 from baichuan_sft.model.chat_template_baichuan import ASSISTANT_TOKEN_ID, USER_TOKEN_ID
 
 # sentencepiece_model.proto's numbers, which are GGUF's too
-CONTROL, USER_DEFINED, UNUSED = 3, 4, 5
+CONTROL, UNUSED = 3, 5
 # What Baichuan's vocabulary rewrites and texts are full of: full-width ASCII, odd spaces and line ends, the
 # ellipsis, degrees Celsius, Roman numerals and numbers in circles.
 REWRITTEN = [*range(0xFF01, 0xFF5F), 0x3000, 0xA0, 0x200B, 0xFEFF, 0xD, 0x2026, 0x2103]
@@ -34,7 +36,10 @@ class Pieces:
 
 
 def vocabulary(source: Source) -> Pieces:
-    """One entry per row of the embedding, the ``<reserved_N>`` as control pieces that no text encodes to.
+    """One entry per row of the embedding.
+
+    The ``<reserved_N>`` and the added tokens are control pieces, which no text encodes to; llama.cpp would
+    find user-defined ones in text. Added ones that a message could forge all the same are left out.
 
     The prefix is left to the chat template: llama.cpp would put it behind every user-defined piece as well,
     so that "1年" became "1 年".
@@ -48,19 +53,24 @@ def vocabulary(source: Source) -> Pieces:
     types = [
         CONTROL if i in source.tokenizer.control_ids and i else p.type for i, p in enumerate(model.pieces)
     ]
-    for text, i in sorted(source.tokenizer.get_added_vocab().items(), key=lambda item: item[1]):
-        if i >= len(texts):
-            texts.append(text)
-            scores.append(0.0)
-            types.append(CONTROL if source.tokenizer.added_tokens_decoder[i].special else USER_DEFINED)
-    unused = range(len(texts), source.config.vocab_size)
+    added = {i: text for text, i in source.tokenizer.get_added_vocab().items() if _breakable(text)}
+    for i in range(len(texts), source.config.vocab_size):
+        texts.append(added.get(i, f"[PAD{i}]"))
+        scores.append(0.0)
+        types.append(CONTROL if i in added else UNUSED)
     return Pieces(
-        [*texts, *(f"[PAD{i}]" for i in unused)],
-        [*scores, *(0.0 for _ in unused)],
-        [*types, *(UNUSED for _ in unused)],
+        texts,
+        scores,
+        types,
         " " if model.normalizer_spec.add_dummy_prefix else "",
         _rewritten(source.tokenizer.sp_model) if model.normalizer_spec.precompiled_charsmap else [],
     )
+
+
+def _breakable(text: str) -> bool:
+    """Whether a space behind the first character always breaks it: "|a|" is left in "|a|a|", as "| a|a|"."""
+    overlaps = any(text.startswith(text[i:]) for i in range(1, len(text)))
+    return len(text) > 1 and " " not in text and not overlaps
 
 
 def _rewritten(sp_model: Any) -> list[tuple[str, str]]:
@@ -74,9 +84,10 @@ def chat_template(tokenizer: Any, pieces: Pieces) -> str:
     They would take ``<reserved_106>`` in a message for a turn, so a space goes into every literal of a
     control token.
     """
-    literals = ["<s>", "</s>", "<unk>", "<reserved_"]
+    added = sorted(filter(_breakable, tokenizer.get_added_vocab()))
+    literals = dict.fromkeys(["<s>", "</s>", "<unk>", "<reserved_", *added])
     # Rewriting first: full-width <s> becomes one of the literals.
-    pairs = [*pieces.normalised, *((text, f"< {text[1:]}") for text in literals)]
+    pairs = [*pieces.normalised, *((text, f"{text[0]} {text[1:]}") for text in literals)]
     loop = "{%- for message in messages -%}\n"
     before, _, after = tokenizer.default_chat_template.partition(loop)
     written = "message['content']"
@@ -92,7 +103,11 @@ def chat_template(tokenizer: Any, pieces: Pieces) -> str:
 
 
 def modelfile(source: Source, pieces: Pieces, file: str) -> str:
-    """Ollama's description of the model: prompt format and generation settings."""
+    """Ollama's description of the model: prompt format and generation settings.
+
+    Raises:
+        UserError: a setting that is no number; a line end in it would write directives of its own.
+    """
     user, assistant = source.tokenizer.convert_ids_to_tokens([USER_TOKEN_ID, ASSISTANT_TOKEN_ID])
     settings = source.settings
     sampled = settings.get("do_sample", False)
@@ -105,6 +120,12 @@ def modelfile(source: Source, pieces: Pieces, file: str) -> str:
         "repeat_last_n": -1,  # the whole context, as in transformers
         "num_predict": settings.get("max_new_tokens"),
     }
+    for name, value in parameters.items():
+        if value is not None and (type(value) not in (int, float) or not math.isfinite(value)):
+            raise UserError(
+                f"{source.path / 'generation_config.json'}: {name} is {value!r}, expected a finite number; "
+                "correct it, or remove it."
+            )
     lines = [f"PARAMETER {name} {value}" for name, value in parameters.items() if value is not None]
     stops = [f'PARAMETER stop "{text}"' for text in ("</s>", user)]
     template = (

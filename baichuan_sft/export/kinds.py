@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from baichuan_sft.model.configuration_baichuan import BaichuanConfig
 
 CLI = "baichuan-sft"
+PLACES = ("FILE", "DIR")  # for the user to fill in
 
 
 @dataclass
@@ -59,7 +60,7 @@ class Finding:
 
     def command(self, *words: Any) -> None:
         self.use.append(
-            " ".join([CLI, *(word if word.isupper() else shlex.quote(word) for word in map(str, words))])
+            " ".join([CLI, *(word if word in PLACES else shlex.quote(word) for word in map(str, words))])
         )
 
 
@@ -119,15 +120,19 @@ def adapter(path: Path, found: Finding) -> bool:
     }
     _manifest(path, found)
     base = found.attempt(base_of, path)
-    if base and found.attempt(checkpoint.load_config, base):
-        _model_facts(checkpoint.load_config(base), found)
+    config = found.attempt(checkpoint.load_config, base) if base else None
+    if config:
+        _model_facts(config, found)
         found.attempt(checkpoint.verify, path)
+        found.attempt(checkpoint.verify, base)
+        found.attempt(checkpoint.load_tokenizer, path)
         found.attempt(check_base, path)
         found.facts["fits its base"] = not found.lacks
     _training(path, found)
     if not found.lacks:
         found.command("chat", path)
-        found.command("merge", path, "DIR")
+        if stored_quantization(config) is None:
+            found.command("merge", path, "DIR")
     return True
 
 
@@ -140,8 +145,7 @@ def model(path: Path, found: Finding) -> bool:
         return True
     if raw.get("model_type") != "baichuan":
         found.kind = f"model of type {raw.get('model_type')!r}"
-        architecture = next(iter(raw.get("architectures") or []), "unknown")
-        found.facts |= {"architecture": architecture, "vocabulary": raw.get("vocab_size")}
+        found.facts |= {"architecture": str(raw.get("architectures")), "vocabulary": raw.get("vocab_size")}
         facts = _manifest(path, found)
         if facts.get("converted_to") == "llama":
             found.kind = "Baichuan model in Llama's layout"
@@ -158,6 +162,7 @@ def model(path: Path, found: Finding) -> bool:
         if config:
             found.facts["quantised"] = stored_quantization(config)
             found.attempt(checkpoint.verify, path)
+            found.attempt(checkpoint.load_tokenizer, path)
     else:
         found.kind = next((text for name, text in ORIGINS.items() if name in {**raw, **facts}), "model")
         source = found.attempt(lambda: open_source(path, check=False))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import gc
 import json
-import os
 from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 from baichuan_sft import commit
 from baichuan_sft.arguments import Parser, number
 from baichuan_sft.checkpoint import load_model
-from baichuan_sft.checkpoint.files import MERGED, is_adapter, read_json, weight_files
+from baichuan_sft.checkpoint.files import MERGED, is_adapter, opened, read_json, weight_files
 from baichuan_sft.errors import CheckpointFault, UserError
 from baichuan_sft.export.adapter import Adapter, Lora, digest, open_adapter
 from baichuan_sft.export.modernise import clean_config
-from baichuan_sft.export.source import DTYPES, cast, dtype_of
+from baichuan_sft.export.source import DTYPES, cast, check_finite, dtype_of
 from baichuan_sft.export.writer import Writer, finish
+from baichuan_sft.machine import host_memory
 
 if TYPE_CHECKING:
     import torch
@@ -24,11 +25,12 @@ if TYPE_CHECKING:
 EXAMPLE = """baichuan-sft merge out/lora out/merged
   baichuan-sft merge adapter merged --base /models/Baichuan2-7B-Base --dtype bf16"""
 PROBE_TOKENS = 16
-# Of the largest logit, both computed in fp32. Merged fp32 weights differ by the order of summation alone;
-# half precision also rounds every merged weight, by up to 2**-9 (bf16) of itself.
-TOLERANCE = {4: 1e-4, 2: 5e-2}  # by bytes of a weight
+# Of the largest logit, computed in fp32. PEFT's merge, rounded as the files are, has the same sums in the
+# same order; what differs is a few last bits.
+TOLERANCE = 1e-4
 # Where rounding undoes more of an update than this, a wider dtype is worth naming.
 NOTABLE_LOSS = 0.1
+NO_UPDATE = 1e-6  # of a weight's size: an untrained DoRA's rounding in fp32
 
 
 def build_parser() -> Parser:
@@ -80,10 +82,22 @@ def merge(
         dtype: of all weights; None: each as in the base.
     Returns:
         Lines of the report.
+    Raises:
+        UserError: it adapts a NormHead. CheckpointFault: NaN or Inf, before or after.
     """
     import torch
 
     base, modules, stored = adapter.base, set(adapter.modules), set()
+    if "lm_head" in modules and base.config.lm_head == "norm":
+        raise UserError(
+            f"{adapter.path}: adapts lm_head, whose rows this model divides by their lengths: no weights are "
+            "the two in one; use the adapter beside its base: baichuan-sft chat ADAPTER."
+        )
+    own = adapter.path / "generation_config.json"
+    settings, config = read_json(own) if own.is_file() else base.settings, clean_config(base.config)
+    mark = {"adapter": str(adapter.path), "base": str(base.path), "adapter_sha256": digest(adapter.path)}
+    setattr(config, MERGED, mark)
+    record = json.dumps({**adapter.run, MERGED: mark}, indent=1, ensure_ascii=False)
     sizes, lost = defaultdict(list), []
     with Writer(out, max_shard_gib=max_shard_gib, expected_bytes=base.num_bytes(dtype)) as writer:
         for name in base.names():
@@ -94,48 +108,44 @@ def merge(
                 weight = adapter.replacement(name)
             if module in modules:
                 exact = merged_weight(weight, adapter.lora(module))
+                check_finite(f"{out}: {name}", exact)
                 rounded = cast(f"{out}: {name}", exact, wanted)
                 update = torch.linalg.vector_norm(exact - weight.float())
                 norm = torch.linalg.vector_norm(weight, dtype=torch.float32)
-                sizes[module.rpartition(".")[2]].append((update / norm).item())
-                miss = torch.linalg.vector_norm(exact - rounded.float())
-                lost.append((miss / update.clamp_min(torch.finfo(torch.float32).tiny)).item())
+                if update > NO_UPDATE * norm:
+                    sizes[module.rpartition(".")[2]].append((update / norm).item())
+                    miss = torch.linalg.vector_norm(exact - rounded.float())
+                    lost.append((miss / update).item())
                 weight = rounded
             weight = cast(f"{out}: {name}", weight, wanted)
             stored.add(weight.dtype)
             writer.add(name, weight)
-    config = clean_config(base.config)
-    config.dtype = max(stored, key=lambda kind: kind.itemsize)
-    mark = {"adapter": str(adapter.path), "base": str(base.path), "adapter_sha256": digest(adapter.path)}
-    setattr(config, MERGED, mark)
-    record = json.dumps({**adapter.run, MERGED: mark}, indent=1, ensure_ascii=False)
-    commit.write_synced(out / "run.json", record + "\n")
-    settings = adapter.path / "generation_config.json"
-    finish(
-        out,
-        config,
-        base.tokenizer,
-        read_json(settings) if settings.is_file() else base.settings,
-        **{MERGED: mark},
-    )
+        config.dtype = max(stored, key=lambda kind: kind.itemsize)
+        commit.write_synced(out / "run.json", record + "\n")
+    finish(out, config, base.tokenizer, settings, **{MERGED: mark})
     return [*lines(sizes, lost), *(f"{name}: the adapter's own" for name in adapter.saved), *notes(adapter)]
 
 
 def merged_weight(weight: torch.Tensor, lora: Lora) -> torch.Tensor:
     """``W + scaling * B @ A`` in fp32 ``(out, in)``; with DoRA its rows then have the trained lengths.
 
+    In PEFT's order of operations, so that both round alike.
     Source: Hu et al. 2021 (arXiv:2106.09685) sec. 4.1; Liu et al. 2024 (arXiv:2402.09353) eq. 5.
     """
     import torch
 
-    whole = torch.addmm(weight.float(), lora.b, lora.a, alpha=lora.scaling)
+    whole = lora.b @ lora.a
+    whole *= lora.scaling
+    whole += weight.float()
     if lora.magnitude is not None:
         whole *= (lora.magnitude / torch.linalg.vector_norm(whole, dim=1))[:, None]
     return whole
 
 
 def lines(sizes: dict[str, list[float]], lost: list[float]) -> list[str]:
-    count, mean = len(lost), sum(lost) / max(len(lost), 1)
+    if not lost:
+        return ["no linear changed: every B of the adapter is 0, as before training"]
+    count, mean = len(lost), sum(lost) / len(lost)
     shares = ", ".join(f"{name} {sum(all_) / len(all_):.1e}" for name, all_ in sizes.items())
     report = [f"{count} linears changed, by a share of their size: {shares}"]
     loss = f"rounding the merged weights undoes {mean:.2%} of the change"
@@ -154,38 +164,40 @@ def notes(adapter: Adapter) -> list[str]:
 
 
 def compare_logits(adapter: Adapter, out: Path) -> str:
-    """Logits of a few tokens through base and adapter, and through the merged files; skipped without memory.
+    """Logits of a few tokens by the merged files, the adapter and PEFT's own merge; skipped without memory.
 
     Raises:
-        CheckpointFault: they differ by more than rounding explains.
+        CheckpointFault: the files' are not those of PEFT's merge; they no longer count.
     """
     import torch
     from peft import PeftModel
 
     need = adapter.base.num_bytes(torch.float32) * 1.1
-    if need > (free := available_memory()):
+    if need > (free := host_memory()[1]):
         return (
             f"logits not compared: that takes {need / 2**30:.0f} GiB of memory, {free / 2**30:.0f} are free"
         )
     base = load_model(adapter.base.path, dtype=torch.float32, check_files=False)
-    width = min(t.itemsize for t in (load_dtypes(out)))
-    expected = probe(PeftModel.from_pretrained(base, adapter.path).eval())
-    del base
+    model = PeftModel.from_pretrained(base, adapter.path).eval()
+    expected = probe(model)
+    rounded = model.merge_and_unload()
+    dtypes = {name: part[:1].dtype for file in weight_files(out) for name, part in opened(file).items()}
+    for name, weight in rounded.state_dict().items():
+        weight.copy_(weight.to(dtypes[name]))
+    reference = probe(rounded)
+    del base, model, rounded, weight
+    gc.collect()  # they hold each other
     found = probe(load_model(out, dtype=torch.float32, check_files=False))
-    gap, scale = (expected - found).abs().max().item(), expected.abs().max().item()
-    tolerance = TOLERANCE[width] * max(scale, 1.0)
-    if not gap <= tolerance:
+    fault, gap = ((other - found).abs().max().item() for other in (reference, expected))
+    scale = expected.abs().max().item()
+    tolerance = TOLERANCE * max(scale, 1.0)
+    if not fault <= tolerance:
+        commit.uncommit(out)
         raise CheckpointFault(
-            f"{out}: its logits differ from the adapter's by {gap:.2g}, more than {tolerance:.2g}; do not "
-            "use it."
+            f"{out}: its logits differ from those of PEFT's own merge by {fault:.2g}, more than "
+            f"{tolerance:.2g}; delete it, and use the adapter beside its base."
         )
     return f"logits of {PROBE_TOKENS} tokens: the adapter's within {gap:.1e}, largest {scale:.1f} (fp32)"
-
-
-def load_dtypes(out: Path) -> set[torch.dtype]:
-    from baichuan_sft.checkpoint.files import opened
-
-    return {part[:1].dtype for file in weight_files(out) for part in opened(file).values()}
 
 
 def probe(model: Any) -> torch.Tensor:
@@ -195,11 +207,3 @@ def probe(model: Any) -> torch.Tensor:
     tokens = torch.arange(PROBE_TOKENS)[None] * (model.config.vocab_size // PROBE_TOKENS)
     with torch.inference_mode():
         return model(input_ids=tokens).logits
-
-
-def available_memory() -> int:
-    """Bytes that can be had without swapping."""
-    for line in Path("/proc/meminfo").read_text().splitlines() if os.path.exists("/proc/meminfo") else ():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) << 10
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -34,18 +34,21 @@ def to_baichuan1(source: Source, out: Path, args: Any) -> list[str]:
         raise UserError(f"{source.path}: has a plain head already, as Baichuan-1; --to hf keeps it.")
     config = clean_config(source.config, lm_head="plain")
     rounded = _write(source, out, args, config, fold=True)
+    written = dtype_of(args.dtype) or source.part(HEAD)[:1].dtype
     folded = (
-        f"{HEAD}: rows divided by their lengths, each value rounded by up to {_rounding(config.dtype):.1g} "
-        "of its size; the lengths are lost, so train the source and not this"
+        f"{HEAD}: rows divided by their lengths, each value rounded by up to {rounding(written)}; the "
+        "lengths are lost, so train the source and not this"
     )
     return [*rounded, folded, *_use(out)]
 
 
-def _rounding(dtype: Any) -> float:
-    """Largest relative error of a value written in a dtype."""
+def rounding(dtype: Any) -> str:
+    """The largest error of a value written in a dtype, in words."""
     import torch
 
-    return torch.finfo(dtype).eps / 2
+    limits = torch.finfo(dtype)
+    small = f", below {limits.tiny:.0e} by up to {limits.tiny * limits.eps / 2:.0e}"
+    return f"{limits.eps / 2:.1g} of its size{small if dtype == torch.float16 else ''}"
 
 
 def clean_config(config: BaichuanConfig, **changes: Any) -> BaichuanConfig:
@@ -78,7 +81,7 @@ def _write(source: Source, out: Path, args: Any, config: BaichuanConfig, *, fold
     if not narrowed:
         return []
     names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in narrowed))
-    return [f"weights: {names} rounded to {args.dtype}, each by up to {_rounding(wanted):.1g} of its size"]
+    return [f"weights: {names} rounded to {args.dtype}, each by up to {rounding(wanted)}"]
 
 
 def _use(out: Path) -> list[str]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from baichuan_sft.arguments import Parser, at_least_1
+from baichuan_sft.arguments import DTYPES, Parser, at_least_1
 from baichuan_sft.checkpoint import (
     check_vocabulary,
     expected_shapes,
@@ -23,6 +23,7 @@ from baichuan_sft.errors import CheckpointFault, NumericalFault, UserError
 from baichuan_sft.export.writer import GIB, Writer, finish, new_directory
 from baichuan_sft.quantization import (
     QUANTIZATIONS,
+    device,
     require_bitsandbytes,
     stored_quantization,
     weight_bytes,
@@ -31,7 +32,6 @@ from baichuan_sft.variants import architecture
 
 EXAMPLE = """baichuan-sft quantize Baichuan2-13B-Chat chat-nf4 --to nf4 --file data/belle_chat.json --num 100
   baichuan-sft quantize out out-int8 --to int8 --dtype bf16"""
-DTYPES = {"auto": "auto", "bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 Scores = tuple[float, float, float]  # C-Eval, MMLU, CMMLU; five-shot, percent
 
 
@@ -107,7 +107,8 @@ def main(argv: list[str] | None = None) -> int:
 
     Raises:
         UserError: no whole model there, or nothing can be written. CheckpointFault: damaged weights, or what
-            was written does not give the same logits when it is loaded.
+            was written does not give the same logits when it is loaded. EnvironmentFault: no such device.
+        NumericalFault: the loss or the logits are no numbers.
     """
     from rich.console import Console
     from transformers.utils.logging import disable_progress_bar
@@ -138,18 +139,19 @@ def quantize(args: Any) -> tuple[Measured, Measured]:
     tokenizer.chat_template = tokenizer.default_chat_template  # the directory's would be Jinja from somewhere
     check_vocabulary(source, config, tokenizer)
     segments = read_segments(args, config, tokenizer) if args.file else []
-    options: dict[str, Any] = dict(
-        dtype=DTYPES[args.dtype], device=args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    )
+    options: dict[str, Any] = dict(dtype=DTYPES[args.dtype], device=device(args.device))
     loss_before = None
     if segments:
         loss_before = perplexity(load_model(source, **options), segments, str(source))
 
     model = load_model(source, quantize=args.to, **options, check_files=not segments)
     whole_bytes = model.dtype.itemsize * sum(math.prod(shape) for shape in expected_shapes(config).values())
-    write(model, tokenizer, source, out, args.to)
+    tensors = model.state_dict()  # before the first forward, at which bitsandbytes may repack, with a loss
     expected = probe(model)
-    del model
+    if not torch.isfinite(expected).all():
+        raise NumericalFault(f"{source}: its logits are not finite; try --dtype bf16, or fp32.")
+    write(model, tensors, tokenizer, source, out, args.to)
+    del model, tensors
     try:
         model = load_model(out, device=options["device"])
         if not torch.equal(probe(model), expected):
@@ -184,11 +186,11 @@ def check_source(source: Path, to: str) -> Any:
     return config
 
 
-def write(model: Any, tokenizer: Any, source: Path, out: Path, to: str) -> None:
+def write(model: Any, tensors: dict[str, Any], tokenizer: Any, source: Path, out: Path, to: str) -> None:
     """The directory: weights, the code that loads them elsewhere, tokenizer, settings, manifest."""
     settings = source / "generation_config.json"
     with Writer(out, expected_bytes=weight_bytes(model)) as writer:
-        for name, tensor in model.state_dict().items():
+        for name, tensor in tensors.items():
             writer.add(name, tensor.cpu().clone())  # bitsandbytes' layers share their code, files cannot
     facts = {"quantized": {"to": to, "from": str(source)}}
     finish(out, model.config, tokenizer, read_json(settings) if settings.is_file() else {}, **facts)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from baichuan_sft import checkpoint, commit
+from baichuan_sft.arguments import DTYPES
 from baichuan_sft.checkpoint.files import (
     Shapes,
     check_against_manifest,
@@ -23,7 +24,7 @@ from baichuan_sft.checkpoint.files import (
     shape_of,
     weight_files,
 )
-from baichuan_sft.errors import CheckpointFault, UserError, first_line
+from baichuan_sft.errors import CheckpointFault, UserError
 from baichuan_sft.export.vendor_packing import packed_weights, unpack
 from baichuan_sft.model.configuration_baichuan import MAX_ADDED_TOKENS
 from baichuan_sft.model.head_baichuan import NORM_EPS
@@ -39,7 +40,6 @@ VOCABULARIES = {
     "4be54af290d93c113bcbf421115ae9eed9d6340408f564898f1e966dc738ef01": "Baichuan",
     "79452955be6b419a65984273a9f08af86042e1c2a75ee3ba989cbf620a133cc2": "Baichuan2",
 }
-DTYPES: dict[str, str | None] = {"auto": None, "bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 # Baichuan-7B's files hold RoPE frequencies that follow from the config.
 DERIVED = "rotary_emb.inv_freq"
 NORM = "model.norm.weight"  # which nothing quantises
@@ -117,6 +117,11 @@ class Source:
             CheckpointFault: it holds NaN or Inf.
         """
         tensor = self.part(name)[:]
+        if tensor.dtype not in {dtype_of(name) for name in DTYPES if name != "auto"}:
+            raise CheckpointFault(
+                f"{self._files[name]}: {name} is {str(tensor.dtype).removeprefix('torch.')}, expected one of "
+                f"{', '.join([*DTYPES.values()][1:])}; take the model that it was made from."
+            )
         if self.check:
             check_finite(f"{self._files[name]}: {name}", tensor)
         return tensor
@@ -208,10 +213,7 @@ def _tokenizer(path: Path, config: BaichuanConfig, notes: list[str]) -> Baichuan
     file = path / "tokenizer.model"
     if file.is_file() and (instead := commit.masquerade(file)):
         raise CheckpointFault(f"{file}: {instead}.")
-    try:
-        tokenizer = checkpoint.load_tokenizer(path)
-    except (OSError, RuntimeError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: its tokenizer cannot be used: {first_line(error)}") from None
+    tokenizer = checkpoint.load_tokenizer(path)
     checkpoint.check_vocabulary(path, config, tokenizer)
     if config.vocab_size - len(tokenizer) > MAX_ADDED_TOKENS:
         raise UserError(
@@ -244,8 +246,7 @@ def dtype_of(name: str) -> torch.dtype | None:
     """A dtype by its name in DTYPES; None as stored."""
     import torch
 
-    full = DTYPES[name]
-    return None if full is None else getattr(torch, full)
+    return None if name == "auto" else getattr(torch, DTYPES[name])
 
 
 def cast(name: str, tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:

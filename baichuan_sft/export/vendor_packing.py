@@ -9,12 +9,13 @@ Source: ``quantizer.py`` of baichuan-inc/Baichuan-13B-Chat-int8 and Baichuan2-13
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from baichuan_sft.checkpoint.files import QUANT_STATE
-from baichuan_sft.errors import CheckpointFault
-from baichuan_sft.quantization import require_bitsandbytes
+from baichuan_sft.errors import CheckpointFault, first_line
+from baichuan_sft.quantization import CODE, NESTED_CODE, require_bitsandbytes
 
 if TYPE_CHECKING:
     import torch
@@ -78,11 +79,27 @@ def _unpack_nf4(name: str, packed: torch.Tensor, state: list[Any]) -> torch.Tens
 
     try:
         absmax, shape, dtype, block, nested, kind, code = state
+        if kind != "nf4":
+            raise ValueError(f"of type {kind!r}, expected 'nf4'")
         offset, outer = None, None
+        num_blocks = math.ceil(math.prod(shape) / block)
+        packed = _sized(packed, math.ceil(math.prod(shape) / 2), "weights").view(-1, 1)
+        absmax, code = _sized(absmax, num_blocks, "scales"), _sized(code, CODE, "codes")
         if nested is not None:
             offset, (scales, outer_code, size, *_) = nested
+            scales = _sized(scales, math.ceil(num_blocks / size), "scales of scales").float()
+            outer_code = _sized(outer_code, NESTED_CODE, "codes of scales").float()
             outer = QuantState(absmax=scales, code=outer_code, blocksize=size, dtype=offset.dtype)
         options = dict(shape=shape, dtype=dtype, blocksize=block, code=code, quant_type=kind, offset=offset)
         return dequantize_4bit(packed, QuantState(absmax=absmax, state2=outer, **options)).float()
-    except (AttributeError, RuntimeError, TypeError, ValueError, NotImplementedError) as error:
-        raise CheckpointFault(f"{name}: its quant_state is not bitsandbytes' ({error}).") from None
+    except (ArithmeticError, AttributeError, RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointFault(
+            f"{name}: its quant_state is not bitsandbytes' ({first_line(error)}); take the 16-bit model."
+        ) from None
+
+
+def _sized(tensor: torch.Tensor, length: int, what: str) -> torch.Tensor:
+    """As it is: bitsandbytes' kernels read so many numbers in a row, whether they are there or not."""
+    if tensor.numel() != length:
+        raise ValueError(f"{tensor.numel()} {what}, expected {length}")
+    return tensor.contiguous()

@@ -45,7 +45,7 @@ class Writer:
             self.directory.mkdir(parents=True, exist_ok=True)
             commit.write_manifest(self.directory, {})  # until COMMIT nobody takes it for a download
         except OSError as error:
-            raise EnvironmentFault(f"{self.directory}: cannot be written ({error.strerror}).") from None
+            raise self._unwritten(error) from None
         return self
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
@@ -53,6 +53,9 @@ class Writer:
         size = tensor.numel() * tensor.element_size()
         if self._buffer and self._held + size > self.limit:
             self._flush()
+        place = tensor.untyped_storage().data_ptr()
+        if any(place == held.untyped_storage().data_ptr() for held in self._buffer.values()):
+            tensor = tensor.clone()  # two names of one weight: safetensors writes no storage twice
         self._buffer[name] = tensor.contiguous()
         self.total += size
 
@@ -73,8 +76,11 @@ class Writer:
             # safetensors makes files that their owner alone can read
             shutil.copymode(self.directory / commit.MANIFEST, self._shard(len(self._names)))
         except (OSError, SafetensorError) as error:
-            raise EnvironmentFault(f"{self.directory}: cannot be written ({first_line(error)}).") from None
+            raise self._unwritten(error) from None
         self._buffer = {}
+
+    def _unwritten(self, error: Exception) -> EnvironmentFault:
+        return EnvironmentFault(f"{self.directory}: cannot be written ({first_line(error)}).")
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         if kind is None:
@@ -82,9 +88,9 @@ class Writer:
                 self._flush()
                 self._rename()
                 return
-            except BaseException:
+            except BaseException as failed:
                 shutil.rmtree(self.directory, ignore_errors=True)
-                raise
+                raise self._unwritten(failed) if isinstance(failed, OSError) else failed from None
         shutil.rmtree(self.directory, ignore_errors=True)
 
     def _rename(self) -> None:

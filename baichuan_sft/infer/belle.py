@@ -53,9 +53,9 @@ def load(file: Path, item: int = 0) -> Turns:
     from baichuan_sft.data.findings import Finding, RecordFault
 
     faults: list[Finding] = []
-    if not file.exists():
-        raise UserError(f"{file}: no such file.")
     try:
+        if not file.exists():
+            raise UserError(f"{file}: no such file.")
         records = reader.read_raw(file, lambda finding, _: faults.append(finding.of(str(file))))
         record = next(islice(records, item, None), None)
     except OSError as error:

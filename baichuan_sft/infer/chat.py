@@ -7,12 +7,12 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from baichuan_sft.arguments import Parser, at_least_1, number
-from baichuan_sft.errors import EnvironmentFault, UserError, first_line
+from baichuan_sft.arguments import DTYPES, Parser, at_least_1, number
+from baichuan_sft.errors import EnvironmentFault, UserError
 from baichuan_sft.quantization import QUANTIZATIONS, num_elements, quantization_of, stored_quantization
+from baichuan_sft.quantization import device as device_of
 from baichuan_sft.variants import architecture
 
-DTYPES = {"auto": "auto", "bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 CHARACTERS_PER_TOKEN = 32  # the longest piece of either vocabulary
 EXAMPLE = """baichuan-sft chat out
   baichuan-sft chat out/checkpoint-100 --greedy --system 'Answer briefly.'
@@ -82,7 +82,7 @@ def load(args: Any) -> tuple[Any, Any]:
 
     from baichuan_sft.checkpoint import base_of, load_config, load_model, load_tokenizer
 
-    device = _device(args.device)
+    device = device_of(args.device)
     if args.compile:
         _check_compile(args.quantize, device)
     if not sys.stderr.isatty():
@@ -98,17 +98,6 @@ def load(args: Any) -> tuple[Any, Any]:
     if args.seed is not None:
         set_seed(args.seed)
     return model, tokenizer
-
-
-def _device(name: str | None) -> str:
-    import torch
-
-    if name is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        return str(torch.empty(0, device=name).device)
-    except (RuntimeError, AssertionError) as error:  # an assertion where torch is built without CUDA
-        raise EnvironmentFault(f"--device {name}: {first_line(error)}") from None
 
 
 def _check_compile(quantize: str | None, device: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import subprocess
 import tempfile
@@ -136,7 +137,7 @@ def save(chat: Conversation, rest: str) -> None:
     Raises:
         UserError: nothing to save, no file name, a file of others, or one that cannot be written.
     """
-    file = Path(rest).expanduser() if rest else chat.file
+    file = _path(rest) if rest else chat.file
     if file is None:
         raise UserError("/save FILE: say where.")
     if file != chat.file and os.path.lexists(file):
@@ -153,15 +154,26 @@ def load_file(chat: Conversation, rest: str) -> None:
         UserError: no such file, or no conversation in it.
     """
     name, _, number = rest.rpartition(" ")
-    if not (name and number.isdecimal() and int(number)):
+    if not (name and re.fullmatch("[1-9][0-9]{0,8}", number)):
         name, number = rest, ""
     if not name:
         raise UserError("/load FILE: say which.")
-    messages = belle.load(Path(name).expanduser(), int(number or 1) - 1)
+    messages = belle.load(_path(name), int(number or 1) - 1)
     chat.system = messages.pop(0)["content"] if messages[0]["role"] == "system" else ""
     chat.messages, chat.unanswered, chat.file = messages, "", None
     said = f", system message: {shorten(chat.system)}" if chat.system else ""
     notice(f"{len(messages) // 2} turns loaded{said}; the last: {shorten(messages[-2]['content'])}")
+
+
+def _path(name: str) -> Path:
+    """
+    Raises:
+        UserError: ``~name`` of nobody.
+    """
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{name}: {first_line(error)}") from None
 
 
 def shorten(text: str) -> str:

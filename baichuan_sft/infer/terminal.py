@@ -25,7 +25,9 @@ def main(argv: list[str] | None = None) -> int:
     """
     args = build_parser().parse_args(argv)
     options = generation_options(args)
-    given = {name: str(value) for name in SETTINGS if (value := getattr(args, name)) not in (None, False)}
+    given = {name: str(value) for name in SETTINGS if (value := getattr(args, name)) is not None}
+    if not args.greedy:
+        del given["greedy"]
     sys.stdin = sys.stdin or io.StringIO()  # where the caller has closed it
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, io.TextIOWrapper):

@@ -44,6 +44,9 @@ class QuantizeMixin:
         config = bitsandbytes_config(bits, model.dtype)
         if getattr(model, "hf_quantizer", None) is not None:
             raise ValueError(f"quantize({bits}): this model is quantised already; load the whole one")
+        # PEFT's layers: their A and B are linears too
+        if any(hasattr(module, "base_layer") for module in model.modules()):
+            raise ValueError(f"quantize({bits}): an adapter is on it; quantise its base and load it on that")
         devices = {parameter.device for parameter in model.parameters()}
         if len(devices) > 1 or "meta" in {device.type for device in devices}:
             raise ValueError(f"quantize({bits}): the model is spread by device_map; load it without")

@@ -12,9 +12,7 @@ import contextlib
 import functools
 import math
 import os
-import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +20,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from baichuan_sft.errors import EnvironmentFault
+from baichuan_sft.machine import host_memory
 from baichuan_sft.model.modeling_baichuan import BaichuanModel
 from baichuan_sft.plan import GIB, LEVELS, Step, estimate, gib, reserve
 from baichuan_sft.quantization import num_elements, weight_bytes
@@ -128,25 +127,6 @@ def free_bytes(device: torch.device, weight_bytes: float) -> float:
     # accelerate writes LOCAL_WORLD_SIZE 1 on a CPU under DeepSpeed's launcher
     share = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1")))
     return (available - reserve(in_all)) / share + weight_bytes
-
-
-def host_memory(root: Path = Path("/")) -> tuple[float, float]:
-    """Bytes of RAM in all and those to be had, of this machine or of the container where that is less."""
-    lines = (line.split() for line in (root / "proc/meminfo").read_text().splitlines())
-    sizes = {words[0].rstrip(":"): float(words[1]) * 1024 for words in lines}
-    total, available = sizes["MemTotal"], sizes["MemAvailable"]
-    for limit, usage, cached in (
-        ("memory.max", "memory.current", "inactive_file"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),  # version 1
-    ):
-        group = root / "sys/fs/cgroup"
-        with contextlib.suppress(OSError, ValueError):  # no such group, or no limit: "max"
-            most = int((group / limit).read_text())
-            statistics = (group / usage).with_name("memory.stat").read_text()
-            cache = re.search(rf"^{cached} (\d+)$", statistics, re.MULTILINE)  # is given back when wanted
-            used = int((group / usage).read_text()) - (int(cache[1]) if cache else 0)
-            total, available = min(total, most), min(available, most - used)
-    return total, available
 
 
 # --- choosing ---------------------------------------------------------------------------------------
