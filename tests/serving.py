@@ -11,11 +11,12 @@ import pytest
 from safetensors.torch import load_file, save_file
 from test_chat_command import add_adapter, nano
 
-fastapi, openai, uvicorn = map(pytest.importorskip, ("fastapi", "openai", "uvicorn"))
+for name in ("fastapi", "openai", "uvicorn"):
+    pytest.importorskip(name)
 
 from baichuan_sft.infer.server import bind, build_parser  # noqa: E402
 from baichuan_sft.infer.server_app import build_app  # noqa: E402
-from baichuan_sft.infer.server_gate import MAX_UNREAD_BYTES, Limits, Protocol  # noqa: E402
+from baichuan_sft.infer.server_gate import Limits, Server  # noqa: E402
 from baichuan_sft.infer.server_model import load_engine  # noqa: E402
 
 HOSTS = frozenset({"127.0.0.1", "localhost"})
@@ -47,9 +48,7 @@ def serving(engine, **limits):
     """(host, port) of a server that ends with the block."""
     app = build_app(engine, Limits(**{"hosts": HOSTS, **limits}))
     listener = bind("127.0.0.1", 0)
-    options = dict(http=Protocol, ws="none", log_level="warning", access_log=False)
-    options |= dict(h11_max_incomplete_event_size=MAX_UNREAD_BYTES, timeout_graceful_shutdown=2)
-    server = uvicorn.Server(uvicorn.Config(app, **options))
+    server = Server(app, engine.close)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     wait_for(lambda: server.started)

@@ -21,9 +21,10 @@ from transformers import set_seed
 from baichuan_sft.errors import CheckpointFault, EnvironmentFault, UserError
 from baichuan_sft.infer import server_gate
 from baichuan_sft.infer.server import KEY_VARIABLE, main, read_token
-from baichuan_sft.infer.server_jobs import Busy, Job
-from baichuan_sft.infer.server_sampling import Penalties, prepared
+from baichuan_sft.infer.server_jobs import Job, Penalties, Token, prepared
 from baichuan_sft.infer.server_text import AnswerText
+from baichuan_sft.infer.server_types import Refusal
+from baichuan_sft.infer.server_wire import Offsets, text_logprobs
 
 CONTEXT = 1024
 TOKEN = "canary-0123456789abcdef"
@@ -157,6 +158,20 @@ def test_logprobs_are_those_of_the_model(folder, engine, client):
     assert content[0].logprob == pytest.approx(want, abs=1e-5)  # fp32, another order of sums
     chunks = [c for c in ask(client, max_tokens=4, logprobs=True, stream=True) if c.choices[0].logprobs]
     assert [c.choices[0].logprobs.content[0].token for c in chunks] == [entry.token for entry in content]
+
+
+def test_bytes_of_half_a_character_are_told_apart(engine, client):
+    smile = "😀".encode()
+    rivals = ((b"\xf0", -0.1), (b"\x9f", -5.0), (b"a", -6.0))
+    tokens = [*(Token(bytes([byte]), -1.0, rivals) for byte in smile), Token(b"x", -1.0, ())] * 2
+    shown = text_logprobs(tokens, Offsets())
+    assert shown["top_logprobs"][0] == {r"bytes:\xf0": -0.1, r"bytes:\x9f": -5.0, "a": -6.0}
+    assert shown["tokens"][:5] == [r"bytes:\xf0", r"bytes:\x9f", r"bytes:\x98", r"bytes:\x80", "x"]
+    assert shown["text_offset"] == [0, 0, 0, 0, 1, 2, 2, 2, 2, 3]
+    options = {"model": "base", "prompt": "😀", "max_tokens": 24, "logprobs": 1, "temperature": 2, "seed": 1}
+    whole = client.completions.create(**options).choices[0].logprobs.text_offset
+    chunks = [chunk.choices[0].logprobs for chunk in client.completions.create(**options, stream=True)]
+    assert [at for one in chunks for at in one.text_offset] == whole
 
 
 def test_a_stream_ends_with_its_usage(client):
@@ -308,6 +323,25 @@ def test_a_failing_step_fails_its_own_requests_only(engine, client, monkeypatch,
     assert ask(client, max_tokens=4).usage.completion_tokens == 4
 
 
+@pytest.mark.parametrize("harm", [lambda ids, scores: scores * float("nan"), lambda ids, scores: 1 / 0])
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_a_row_without_a_next_token_fails_alone(folder, harm, do_sample):
+    engine, seen = engine_of(folder), {0: [], 1: []}
+    config = prepared(
+        engine.model, engine.settings["base"], max_new_tokens=9, eos_token_id=[2], do_sample=do_sample
+    )
+    with torch.inference_mode():
+        for i in seen:
+            engine.submit([Job("base", [195, 300, 196], config, seen[i].append, n=2)])
+            engine._admit()
+        engine.batches["base"].rows[0].processors = harm
+        for _ in range(10):
+            engine._guarded(engine._step, "base")
+    assert [type(piece) for piece in seen[0]].count(Refusal) == 1 and isinstance(seen[0][-1], Refusal)
+    assert [piece.finish for piece in seen[1]].count("length") == 2 and len(seen[1]) == 2 * 9
+    assert engine.counts["failed"] == 1 and engine.counts["cancelled"] == 0 and engine.num_running == 0
+
+
 # --- what is refused: E1 to E11 ---------------------------------------------------------------------
 
 
@@ -403,7 +437,7 @@ def test_e6_roles(url, messages, param):
 @pytest.mark.parametrize(
     "name, good, bad",
     [
-        ("temperature", [0, 2, 2.0, None], [-0.001, 2.001, "hot", True, [1]]),
+        ("temperature", [0, 1e-38, 2, 2.0, None], [-0.001, 2.001, "hot", True, [1]]),
         ("top_p", [0.001, 1], [0, 1.001, 7, "1"]),
         ("top_k", [0, 1_000_000], [-1, 1_000_001, 1.5]),
         ("repetition_penalty", [0.1, 10], [0.09, 10.01]),
@@ -456,6 +490,14 @@ def test_e9_nesting(url):
     refused(post(url, nested(limit)), 400, code="invalid_value")
     for depth in (limit + 1, 2000, 100_000):
         refused(post(url, nested(depth)), 400, code="nesting")
+
+
+def test_e9_number_of_values(url):
+    limit = server_gate.MAX_VALUES  # "messages" is one
+    assert len(refused(post(url, {"messages": [0] * (limit - 1)}), 400, code="invalid_value")) < 200
+    for number in (limit, 300_000):
+        refused(post(url, {"messages": [0] * number}), 400, code="too_many_values")
+    refused(post(url, {str(i): 0 for i in range(limit + 1)}), 400, code="too_many_values")
 
 
 def test_e10_size_in_bytes_and_in_tokens(url, engine):
@@ -523,6 +565,8 @@ def test_e11_slow_heads_and_bodies(address, monkeypatch):
     assert raw(address, b"") == b""  # the server closes what says nothing
     assert raw(address, b"POST / HTTP/1.1\r\nHost: 127") == b""
     assert status(raw(address, head("Content-Length: 10") + b"{")) == 408
+    for method in ("GET", "PUT", "DELETE"):
+        assert status(raw(address, head("Content-Length: 10", path="/health", method=method) + b"{")) == 408
 
 
 # --- who may ask, and how many: E12 to E17 ----------------------------------------------------------
@@ -577,9 +621,39 @@ def test_e13_the_queue_takes_all_jobs_of_a_request_or_none(folder):
     engine = engine_of(folder, "--max_queue", "3")
     job = Job("base", [1], None, print)
     engine.submit([job, job])
-    with pytest.raises(Busy):
+    with pytest.raises(Refusal, match="3 prompts wait"):
         engine.submit([job, job])
     assert engine.num_waiting == 2
+    job.cancelled = True  # its client has gone, and keeps no place
+    engine.submit([Job("base", [1], None, print)] * 3)
+    assert engine.num_waiting == 3
+
+
+def test_a_server_that_ends_says_so_to_all_who_wait(folder, monkeypatch, capfd):
+    engine, answers = engine_of(folder), []
+    step = type(engine)._step
+    monkeypatch.setattr(type(engine), "_step", lambda self, name: (time.sleep(0.02), step(self, name)))
+
+    def one(url, stream):
+        answers.append(post(url, body(max_tokens=900, stream=stream, temperature=2)))  # 18 s, were it to end
+
+    with serving(engine) as (host, port):
+        threads = [
+            threading.Thread(target=one, args=(f"http://{host}:{port}", i % 2 == 1)) for i in range(20)
+        ]
+        for thread in threads:
+            thread.start()
+        wait_for(lambda: engine.num_waiting == 20 - engine.max_batch)
+    for thread in threads:
+        thread.join()
+    assert sorted(answer.status_code for answer in answers) == [200] * 10 + [503] * 10
+    for answer in answers:
+        last = answer.text.strip().rpartition("data: ")[2]
+        assert json.loads(last)["error"]["code"] == "shutting_down", answer.text
+    assert "Traceback" not in (log := "".join(capfd.readouterr())), log
+    with pytest.raises(Refusal) as refusal:
+        engine.submit([])
+    assert refusal.value.status == 503
 
 
 def test_e14_a_token_is_asked_for(folder):
@@ -649,6 +723,11 @@ def test_e17_names_and_pages(engine, folder):
             refused(post(url, body(), origin=origin), 403, code="origin_not_allowed")
         answer = post(url, body(), origin="https://good.example")
         assert answer.headers["access-control-allow-origin"] == "https://good.example"
+        asked = {"method": "POST", "headers": "authorization,content-type,x-stainless-lang"}
+        preflight = {f"access-control-request-{name}": value for name, value in asked.items()}
+        for origin, want in (("https://good.example", 200), ("https://evil.example", 400)):
+            answer = HTTP.options(url + CHAT, headers={"origin": origin, **preflight})
+            assert answer.status_code == want, answer.text
 
 
 def test_numeric_hosts_are_fine_where_every_address_is_listened_on():
@@ -671,6 +750,11 @@ def test_metrics_are_prometheus_text(url, client):
 
 
 def test_the_command_refuses_what_it_cannot_serve(folder, tmp_path):
+    from peft import PromptTuningConfig, get_peft_model
+
+    from baichuan_sft.checkpoint import load_model
+    from baichuan_sft.infer.server_model import put_adapter
+
     base = str(folder / "base")
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(EnvironmentFault, match="in use"):
         main([base, "--port", str(taken.getsockname()[1])])
@@ -679,12 +763,21 @@ def test_the_command_refuses_what_it_cannot_serve(folder, tmp_path):
         (["--adapter", f"base={folder / 'poems'}"], "already taken"),
         (["--adapter", f"x={base}"], "no adapter_config.json"),
         (["--port", "70000"], "a port from 0 to 65535"),
+        (["--max_queue", "7"], "--max_queue 8 or more"),
     ):
         with pytest.raises(UserError, match=text):
             main([base, "--port", "0", *words])
+    with pytest.raises(UserError, match="both named base; pass --name for the adapter"):
+        main([str(folder / "poems"), "--port", "0", "--name", "base"])
     other = make_models(tmp_path)
     with pytest.raises(UserError, match="belongs on"):
         main([base, "--port", "0", "--adapter", f"x={other / 'poems'}"])
+    prompted = get_peft_model(
+        load_model(other / "base"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    )
+    prompted.save_pretrained(other / "prompted")
+    with pytest.raises(UserError, match="PROMPT_TUNING adapter adds a prompt"):
+        put_adapter(load_model(other / "base"), str(other / "prompted"), "adapter0", None)
     (other / "law" / "adapter_model.safetensors").write_bytes(b"cut")
     with pytest.raises(CheckpointFault):
         engine_of(other)

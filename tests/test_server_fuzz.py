@@ -20,7 +20,8 @@ SCALE = 10 if os.environ.get("BAICHUAN_SFT_SOAK") else 1
 FROM_SCHEMA, MUTATED = 250 * SCALE, 9_000 * SCALE  # the first for each of two endpoints, valid and not
 PATHS = ["/v1/chat/completions", "/v1/completions"]
 ODD = [
-    None, True, False, 0, 1, -1, 8, 9, 0.5, -0.0, 1e308, 10**30, 2**63, -(2**63), "", "x", "base", "poems",
+    None, True, False, 0, 1, -1, 8, 9, 0.5, -0.0, 1e-39, 1e-300, 1e308, 10**30, 2**63, -(2**63),
+    "", "x", "base", "poems",
     "\0", HOSTILE, "\U0010ffff", "\u202e", "x" * 5000, [], {}, [[]], [None], {"": ""}, {"__proto__": 1},
     "NaN", [{"type": "text", "text": "x"}], [{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}],
     {"role": "user", "content": "x"}, {"include_usage": True}, ["a", "b"],

@@ -86,13 +86,20 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
         import fastapi  # noqa: F401
-        import uvicorn
+        import uvicorn  # noqa: F401
     except ImportError as error:
         raise EnvironmentFault(f"serve needs {error.name}: pip install 'baichuan-sft[serve]'") from None
     from baichuan_sft.infer.server_app import build_app
-    from baichuan_sft.infer.server_gate import MAX_UNREAD_BYTES, Limits, Protocol
+    from baichuan_sft.infer.server_gate import Limits, Server
     from baichuan_sft.infer.server_model import load_engine
+    from baichuan_sft.infer.server_types import MAX_N
 
+    largest = min(args.max_batch, MAX_N)
+    if args.max_queue < largest:
+        raise UserError(
+            f"--max_queue {args.max_queue}: one request may have {largest} prompts, which must all find a "
+            f"place; pass --max_queue {largest} or more."
+        )
     token = read_token(args.api_key_file)
     check_exposed(args.host, token)
     hosts = {*LOOPBACK_NAMES, args.host.lower(), *map(str.lower, args.allow_host)}
@@ -101,25 +108,15 @@ def main(argv: list[str] | None = None) -> int:
     limits = Limits(frozenset(hosts), frozenset(args.allow_origin), token, args.max_body)
     listener = bind(args.host, args.port)
     engine = load_engine(args)
-    app = build_app(engine, limits)
-    config = uvicorn.Config(
-        app,
-        http=Protocol,
-        ws="none",
-        h11_max_incomplete_event_size=MAX_UNREAD_BYTES,
-        access_log=False,  # queries and addresses are nobody's business
-        log_level="warning",
-        proxy_headers=False,
-        server_header=False,
-        timeout_graceful_shutdown=5,
-    )
-    address = f"http://{_bracketed(args.host)}:{listener.getsockname()[1]}/v1"
+    server = Server(build_app(engine, limits), engine.close)
+    host = f"[{args.host}]" if ":" in args.host else args.host
+    address = f"http://{host}:{listener.getsockname()[1]}/v1"
     print(
         f"{describe(engine.peft)}\nserving {', '.join(engine.adapters)} at {address}",
         file=sys.stderr,
         flush=True,
     )
-    uvicorn.Server(config).run(sockets=[listener])
+    server.run(sockets=[listener])
     return 0
 
 
@@ -171,7 +168,3 @@ def bind(host: str, port: int) -> socket.socket:
         raise EnvironmentFault(
             f"--host {host} --port {port}: {first_line(error)}; pass another --port."
         ) from None
-
-
-def _bracketed(host: str) -> str:
-    return f"[{host}]" if ":" in host else host

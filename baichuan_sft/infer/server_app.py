@@ -21,8 +21,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from baichuan_sft.infer.server_engine import Engine
 from baichuan_sft.infer.server_gate import Gate, Limits, respond
-from baichuan_sft.infer.server_jobs import Busy, Job, Piece
-from baichuan_sft.infer.server_sampling import prepared
+from baichuan_sft.infer.server_jobs import Job, Piece, prepared
 from baichuan_sft.infer.server_types import (
     ChatRequest,
     CompletionRequest,
@@ -104,7 +103,7 @@ def build_app(engine: Engine, limits: Limits) -> Any:
             CORSMiddleware,
             allow_origins=sorted(limits.origins),
             allow_methods=["GET", "POST"],
-            allow_headers=["authorization", "content-type"],
+            allow_headers=["*"],  # OpenAI's client for pages sends a dozen of its own
         )
     return app
 
@@ -131,7 +130,7 @@ def chat_jobs(engine: Engine, body: ChatRequest) -> list[Job]:
     turns = [{"role": message.role, "content": message.text()} for message in body.messages]
     ids = build_chat_input(engine.tokenizer, turns, model_max_length=WHOLE, max_new_tokens=0)
     tops = (body.top_logprobs or 0) if body.logprobs else None
-    return [_job(engine, body, ids, max(given, default=None), tops, chat=True)]
+    return _jobs(engine, body, [ids], max(given, default=None), tops, chat=True)
 
 
 def text_jobs(engine: Engine, body: CompletionRequest) -> list[Job]:
@@ -140,31 +139,41 @@ def text_jobs(engine: Engine, body: CompletionRequest) -> list[Job]:
         Refusal: a prompt without a token, too many tokens or choices.
     """
     prompts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
-    if len(prompts) * (body.n or 1) > engine.max_batch:
-        raise _invalid("n", f"prompts times n may be {engine.max_batch} here")
-    jobs = []
-    for i, ids in enumerate(engine.tokenizer.encode_texts(prompts)):
-        if not ids:
-            raise _invalid("prompt", "has no token")
-        jobs.append(_job(engine, body, ids, body.max_tokens or 16, body.logprobs, chat=False))
-        jobs[i].first_index = i * jobs[i].n
-    return jobs
+    ids = engine.tokenizer.encode_texts(prompts)
+    if not all(ids):
+        raise _invalid("prompt", "has no token")
+    return _jobs(engine, body, ids, body.max_tokens or 16, body.logprobs, chat=False)
 
 
-def _job(
-    engine: Engine, body: Request, ids: list[int], wanted: int | None, tops: int | None, *, chat: bool
-) -> Job:
-    """What both endpoints check, and the job of one prompt.
-
-    Without ``max_tokens`` an answer may be as long as ``model.chat`` makes it, or as the context has room.
-    """
+def _jobs(
+    engine: Engine, body: Request, prompts: list[list[int]], *rest: int | None, chat: bool
+) -> list[Job]:
+    """What both endpoints check, and the job of each prompt; ``rest`` as in ``_job``."""
     if body.model not in engine.adapters:
         known = ", ".join(engine.adapters)
         raise Refusal(404, "model_not_found", f"there is no such model. Served: {known}.", param="model")
     if body.stream_options is not None and not body.stream:
         raise _invalid("stream_options", "needs stream: true")
-    if (body.n or 1) > engine.max_batch:
-        raise _invalid("n", f"may be {engine.max_batch} here (--max_batch)")
+    n = body.n or 1
+    if len(prompts) * n > engine.max_batch:
+        raise _invalid("n", f"prompts times n may be {engine.max_batch} here (--max_batch)")
+    return [_job(engine, body, ids, i * n, *rest, chat=chat) for i, ids in enumerate(prompts)]
+
+
+def _job(
+    engine: Engine,
+    body: Request,
+    ids: list[int],
+    first: int,
+    wanted: int | None,
+    tops: int | None,
+    *,
+    chat: bool,
+) -> Job:
+    """The job of one prompt, its choices counted from ``first``.
+
+    Without ``max_tokens`` an answer may be as long as ``model.chat`` makes it, or as the context has room.
+    """
     settings, room = engine.settings[body.model], engine.context_length - len(ids)
     if room < (wanted or 1):
         raise Refusal(
@@ -190,6 +199,7 @@ def _job(
         config,
         deliver=print,  # set by ``answer``
         n=body.n or 1,
+        first_index=first,
         seed=body.seed,
         stop=body.stops(),
         top_logprobs=tops,
@@ -209,22 +219,18 @@ async def answer(engine: Engine, body: Request, http: HttpRequest, shape: Shape,
     """Run the jobs and answer, whole or streamed; they end when the client goes.
 
     Raises:
-        Refusal: 429, the queue is full.
+        Refusal: 429, the queue is full; 503, the server is shutting down; 500, generation failed.
     """
-    pieces: asyncio.Queue[Piece | Exception] = asyncio.Queue()
+    pieces: asyncio.Queue[Piece | Refusal] = asyncio.Queue()
     loop = asyncio.get_running_loop()
 
-    def deliver(piece: Piece | Exception) -> None:
+    def deliver(piece: Piece | Refusal) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed, nobody reads
             loop.call_soon_threadsafe(pieces.put_nowait, piece)
 
     for job in jobs:
         job.deliver = deliver
-    try:
-        engine.submit(jobs)
-    except Busy:
-        message = f"{engine.max_queue} prompts wait already, try again later"
-        raise Refusal(429, "queue_full", message, retry_after="1") from None
+    engine.submit(jobs)
     fixed = {"id": f"{shape.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": body.model}
     whole = _until_finished(pieces, jobs)
     if body.stream:
@@ -234,22 +240,20 @@ async def answer(engine: Engine, body: Request, http: HttpRequest, shape: Shape,
     watcher = asyncio.create_task(_cancel_when_gone(http, jobs, pieces))
     try:
         return JSONResponse(shape.whole(fixed, [piece async for piece in whole], jobs))
-    except RuntimeError as error:
-        raise Refusal(500, "generation_failed", str(error)) from None
     finally:
         watcher.cancel()
         _cancel(jobs)
 
 
-async def _until_finished(pieces: asyncio.Queue[Piece | Exception], jobs: list[Job]) -> AsyncIterator[Piece]:
+async def _until_finished(pieces: asyncio.Queue[Piece | Refusal], jobs: list[Job]) -> AsyncIterator[Piece]:
     """
     Raises:
-        RuntimeError: the engine gave a job up.
+        Refusal: the engine gave a job up.
     """
     left = sum(job.n for job in jobs)
     while left:
         piece = await pieces.get()
-        if isinstance(piece, Exception):
+        if isinstance(piece, Refusal):
             raise piece
         left -= piece.finish is not None
         yield piece
@@ -261,8 +265,8 @@ async def _ended(events: AsyncIterator[Any], jobs: list[Job]) -> AsyncIterator[b
         async for event in events:
             yield b"data: " + orjson.dumps(event) + b"\n\n"
         yield b"data: [DONE]\n\n"
-    except RuntimeError as error:
-        yield b"data: " + orjson.dumps(Refusal(500, "generation_failed", str(error)).body) + b"\n\n"
+    except Refusal as refusal:
+        yield b"data: " + orjson.dumps(refusal.body) + b"\n\n"
     finally:
         _cancel(jobs)
 
@@ -282,16 +286,15 @@ def _cancel(jobs: list[Job]) -> None:
 
 def metrics_text(engine: Engine, answers: Counter[int]) -> str:
     """Prometheus' text format 0.0.4."""
-    name, rows = (
-        "baichuan_sft",
-        [("requests_total", "counter", f'{{code="{code}"}}', n) for code, n in sorted(answers.items())],
-    )
     counted = ("prompt_tokens", "generated_tokens", "cancelled", "failed")
-    rows += [(f"{what}_total", "counter", "", engine.counts[what]) for what in counted]
-    rows += [("running", "gauge", "", engine.num_running), ("waiting", "gauge", "", engine.num_waiting)]
+    families = [
+        ("requests_total", "counter", {f'{{code="{code}"}}': n for code, n in sorted(answers.items())}),
+        *((f"{what}_total", "counter", {"": engine.counts[what]}) for what in counted),
+        ("running", "gauge", {"": engine.num_running}),
+        ("waiting", "gauge", {"": engine.num_waiting}),
+    ]
     lines = []
-    for what, kind, labels, value in rows:
-        kinds = f"# TYPE {name}_{what} {kind}"
-        lines += [] if kinds in lines else [kinds]
-        lines.append(f"{name}_{what}{labels} {value}")
+    for what, kind, values in families:
+        lines.append(f"# TYPE baichuan_sft_{what} {kind}")
+        lines += [f"baichuan_sft_{what}{labels} {value}" for labels, value in values.items()]
     return "\n".join(lines) + "\n"

@@ -24,9 +24,9 @@ from transformers import DynamicCache, GenerationConfig
 from transformers.utils import logging
 
 from baichuan_sft.errors import first_line
-from baichuan_sft.infer.server_jobs import Busy, Job, Piece, Token
-from baichuan_sft.infer.server_sampling import Penalties, choose, logits_processors
+from baichuan_sft.infer.server_jobs import Job, Penalties, Piece, Token, choose, logits_processors
 from baichuan_sft.infer.server_text import AnswerText, token_bytes
+from baichuan_sft.infer.server_types import Refusal
 
 logger = logging.get_logger(__name__)
 
@@ -42,7 +42,6 @@ class Row:
     text: AnswerText
     tokens: torch.Tensor  # (prompt + max_new_tokens,), filled up to ``length``
     length: int
-    num_generated: int = 0
     done: bool = False
 
 
@@ -90,11 +89,14 @@ class Engine(threading.Thread):
     def submit(self, jobs: list[Job]) -> None:
         """
         Raises:
-            Busy: the queue has no room for all of them; none is taken.
+            Refusal: 429, the queue has no room for all of them, and none is taken; 503, after ``close``.
         """
         with self._news:
-            if self._closed or len(self._waiting) + len(jobs) > self.max_queue:
-                raise Busy
+            if self._closed:
+                raise _shutting_down()
+            if self.num_waiting + len(jobs) > self.max_queue:
+                message = f"{self.max_queue} prompts wait already, try again later"
+                raise Refusal(429, "queue_full", message, retry_after="1")
             self._waiting.extend(jobs)
             self._news.notify()
 
@@ -108,7 +110,9 @@ class Engine(threading.Thread):
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting)
+        """Those whose client has gone keep no place."""
+        with self._news:
+            return sum(not job.cancelled for job in self._waiting)
 
     @property
     def num_running(self) -> int:
@@ -123,7 +127,7 @@ class Engine(threading.Thread):
                 for name in self.batches:
                     self._guarded(self._step, name)
         for job in [*self._waiting, *{id(row.job): row.job for row in self._rows()}.values()]:
-            job.deliver(RuntimeError("the server is shutting down"))
+            job.deliver(_shutting_down())
 
     def _rows(self) -> list[Row]:
         return [row for batch in self.batches.values() for row in batch.rows]
@@ -145,8 +149,11 @@ class Engine(threading.Thread):
                 jobs = list({id(row.job): row.job for row in self.batches[words[0]].rows}.values())
                 self.batches[words[0]] = Batch()
             for job in jobs:
-                self.counts["failed"] += 1
-                job.deliver(RuntimeError("generation failed, the server's log says why"))
+                self._fail(job)
+
+    def _fail(self, job: Job) -> None:
+        self.counts["failed"] += 1
+        job.deliver(Refusal(500, "generation_failed", "generation failed, the server's log says why"))
 
     def _use(self, name: str) -> None:
         """Switch to the weights of one served name."""
@@ -163,9 +170,9 @@ class Engine(threading.Thread):
     def _admit(self) -> None:
         """Read the prompt of at most one waiting job, so that running answers pause for one prompt only."""
         with self._news:
-            while self._waiting and self._waiting[0].cancelled:
-                self._waiting.popleft()
-                self.counts["cancelled"] += 1
+            stay = deque(job for job in self._waiting if not job.cancelled)
+            self.counts["cancelled"] += len(self._waiting) - len(stay)
+            self._waiting = stay
             if not self._waiting or self.num_running + self._waiting[0].n > self.max_batch:
                 return
             job = self._admitting = self._waiting.popleft()
@@ -216,28 +223,37 @@ class Engine(threading.Thread):
         self._drop_finished(batch)
 
     def _take_tokens(self, rows: list[Row], logits: torch.Tensor) -> None:
-        """Choose the next token of each row from ``(B, V)`` logits, and deliver it."""
+        """Choose the next token of each row from ``(B, V)`` logits, deliver it; a failure is its job's."""
         logits = logits.float()
-        ids = torch.stack(
-            [
-                choose(row.job.config, row.processors, row.generator, row.tokens[: row.length], logits[i])
-                for i, row in enumerate(rows)
-            ]
-        ).tolist()
+        ids = torch.stack([self._chosen(row, logits[i]) for i, row in enumerate(rows)]).tolist()
         for i, (row, token_id) in enumerate(zip(rows, ids)):
+            if row.done:  # another choice of its job has failed
+                continue
+            if token_id < 0:
+                self._fail(row.job)
+                for other in rows:
+                    other.done |= other.job is row.job
+                continue
             row.tokens[row.length] = token_id
             row.length += 1
-            row.num_generated += 1
             self.counts["generated_tokens"] += 1
             token = None
             if row.job.top_logprobs is not None:
                 token = self._scored(logits[i], token_id, row.job.top_logprobs)
             ended = token_id in row.job.config.eos_token_id
-            full = row.num_generated >= row.job.config.max_new_tokens
+            full = row.length - len(row.job.ids) >= row.job.config.max_new_tokens
             text, stopped = row.text.add(None if ended else token_id, last=ended or full)
             finish = "stop" if ended or stopped else "length" if full else None
             row.done = finish is not None
-            row.job.deliver(Piece(row.index, text, 1, None if ended else token, finish))
+            row.job.deliver(Piece(row.index, text, None if ended else token, finish))
+
+    def _chosen(self, row: Row, logits: torch.Tensor) -> torch.Tensor:
+        """The next token id, -1 where there is none."""
+        try:
+            return choose(row.job.config, row.processors, row.generator, row.tokens[: row.length], logits)
+        except Exception as error:
+            logger.error(f"sampling failed: {type(error).__name__}: {first_line(error)}")
+            return torch.tensor(-1, device=logits.device)
 
     def _scored(self, logits: torch.Tensor, token_id: int, num_top: int) -> Token:
         logprobs = logits.log_softmax(dim=-1)
@@ -275,3 +291,7 @@ def _joined(first: Any, second: Any) -> Any:
 
     pairs = zip(first.layers, second.layers)
     return DynamicCache([(rows(a.keys, b.keys), rows(a.values, b.values)) for a, b in pairs])
+
+
+def _shutting_down() -> Refusal:
+    return Refusal(503, "shutting_down", "the server is shutting down")

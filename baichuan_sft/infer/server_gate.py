@@ -7,12 +7,15 @@ import contextlib
 import hmac
 import ipaddress
 import re
+import socket
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import h11
 import orjson
+import uvicorn
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -21,6 +24,7 @@ from baichuan_sft.infer.server_types import Refusal
 
 MAX_HEADER_BYTES = 16 * 1024
 MAX_UNREAD_BYTES = 64 * 1024  # of one request's head that has not ended; h11 gives up on it
+MAX_VALUES = 2**14  # in all objects and lists; each wrong one costs a message
 MAX_NESTING = 32  # a request needs 5
 MAX_DISCARDED = 32 * 2**20  # of a body that is refused
 READ_SECONDS = 30.0  # for a request's head, and again for its body
@@ -57,11 +61,9 @@ class Gate:
                 self.answers[message["status"]] += 1
             await send(message)
 
-        body = b""
         try:
             check_head(scope, self.limits)
-            if scope["method"] == "POST":
-                body = await read_body(receive, self.limits.max_body)
+            body = await read_body(receive, self.limits.max_body)  # of a GET too: it may be slow
         except Refusal as refusal:
             refusal.headers["connection"] = "close"
             await discard(receive)
@@ -71,8 +73,7 @@ class Gate:
                 check_json(body)
             except Refusal as refusal:
                 return await respond(refusal)(scope, receive, counted)
-            receive = replay(body, receive)
-        await self.app(scope, receive, counted)
+        await self.app(scope, replay(body, receive), counted)
 
 
 def respond(refusal: Refusal) -> JSONResponse:
@@ -172,10 +173,10 @@ async def discard(receive: Any) -> None:
 def check_json(body: bytes) -> None:
     """
     Raises:
-        Refusal: 400, not JSON in UTF-8 (RFC 8259: no NaN, no lone surrogate), or nested too deep.
+        Refusal: 400, not JSON in UTF-8 (RFC 8259: no NaN, no lone surrogate), too deep or too many values.
     """
     try:
-        level = _containers([orjson.loads(body)])
+        level, num_values = _containers([orjson.loads(body)]), 0
     except orjson.JSONDecodeError as error:
         if not re.search("depth|recursion", error.msg, re.IGNORECASE):  # orjson reads 1024 levels
             raise Refusal(400, "invalid_json", f"the body is not JSON in UTF-8: {error.msg}") from None
@@ -183,6 +184,9 @@ def check_json(body: bytes) -> None:
         for _ in range(MAX_NESTING):
             if not level:
                 return
+            num_values += sum(map(len, level))
+            if num_values > MAX_VALUES:
+                raise Refusal(400, "too_many_values", f"the body has more than {MAX_VALUES} values")
             level = [inner for one in level for inner in _containers(one)]
         if not level:
             return
@@ -248,3 +252,26 @@ class Protocol(H11Protocol):
         ):
             self.transport.write(self.conn.send(event) or b"")
         self.transport.close()
+
+
+class Server(uvicorn.Server):
+    """Ends the answers before the connections: uvicorn would wait, then cut each off with a traceback."""
+
+    def __init__(self, app: Any, end_answers: Callable[[], None]):
+        self.end_answers = end_answers
+        config = uvicorn.Config(
+            app,
+            http=Protocol,
+            ws="none",
+            h11_max_incomplete_event_size=MAX_UNREAD_BYTES,
+            access_log=False,  # queries and addresses are nobody's business
+            log_level="warning",
+            proxy_headers=False,
+            server_header=False,
+            timeout_graceful_shutdown=5,
+        )
+        super().__init__(config)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await asyncio.to_thread(self.end_answers)
+        await super().shutdown(sockets)

@@ -24,6 +24,8 @@ def adapter_directories(args: Any) -> tuple[str, str, dict[str, str]]:
     found: dict[str, str] = {}
     if is_adapter(args.path):
         found[own], own = args.path, Path(base).resolve().name
+        if own in found:
+            raise UserError(f"adapter and base are both named {own}; pass --name for the adapter.")
     for word in args.adapter:
         name, equals, directory = word.partition("=")
         if not equals or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
@@ -65,15 +67,20 @@ def put_adapter(model: Any, directory: str, name: str, settings: Any) -> tuple[A
     """``model`` with one adapter more, and the generation settings beside the adapter, or ``settings``.
 
     Raises:
-        CheckpointFault: the files are not as they were saved. UserError: it was trained on another model.
+        CheckpointFault: the files are not as they were saved. UserError: it was trained on another model, or
+            it is a prompt, not weights.
     """
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
     from transformers import GenerationConfig
 
     path = Path(directory)
     check_against_manifest(path)
     check_base(path)
     verify(path)
+    config = PeftConfig.from_pretrained(directory)
+    if config.is_prompt_learning:  # added in PEFT's own forward, which the engine does not call
+        kind = config.peft_type.value
+        raise UserError(f"{directory}: a {kind} adapter adds a prompt; serve takes what changes weights.")
     own = path / "generation_config.json"
     if own.is_file():
         settings = GenerationConfig.from_dict(read_json(own))

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 MAX_N = 8
 MAX_STOP = 4
 MAX_TOP_LOGPROBS = 20
+GREEDY_BELOW = 1e-5  # logits divided by less run out of fp32
 
 Text = Annotated[str, StringConstraints(strict=True)]
 Stop = Annotated[str, StringConstraints(strict=True, min_length=1, max_length=256)]
@@ -62,10 +63,10 @@ class Request(Strict):
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
     def sampling(self) -> dict[str, Any]:
-        """By the names of ``GenerationConfig``; temperature 0 is greedy."""
+        """By the names of ``GenerationConfig``; a temperature of about 0 is greedy."""
         names = ("temperature", "top_p", "top_k", "repetition_penalty")
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        if self.temperature == 0:
+        if self.temperature is not None and self.temperature < GREEDY_BELOW:
             return {**given, "do_sample": False}
         return {**given, "do_sample": True} if given.keys() - {"repetition_penalty"} else given
 

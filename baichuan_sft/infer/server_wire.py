@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,13 +12,24 @@ from baichuan_sft.infer.server_jobs import Job, Piece, Token
 FLOOR = -9999.0  # OpenAI's word for a logarithm that JSON cannot hold
 
 
+class Offsets:
+    """Where each token of one choice begins, in characters; one counts with its last byte."""
+
+    def __init__(self) -> None:
+        self.decoder, self.size = codecs.getincrementaldecoder("utf-8")("replace"), 0
+
+    def next(self, raw: bytes) -> int:
+        at, self.size = self.size, self.size + len(self.decoder.decode(raw))
+        return at
+
+
 @dataclass(frozen=True)
 class Shape:
     """How one endpoint writes its answers.
 
     Attributes:
         choice: the body of a whole choice, from its text; delta: that of a chunk, from its text.
-        logprobs: of the tokens of a choice or a chunk, from them and the length of the text before them.
+        logprobs: of the tokens of a choice or a chunk, from them and where the next one begins.
         opening: the first chunk's delta, None where there is none.
     """
 
@@ -26,7 +38,7 @@ class Shape:
     chunk_kind: str
     choice: Callable[[str], dict[str, Any]]
     delta: Callable[[str], dict[str, Any]]
-    logprobs: Callable[[list[Token], int], dict[str, Any]]
+    logprobs: Callable[[list[Token], Offsets], dict[str, Any]]
     opening: dict[str, Any] | None
 
     def whole(self, fixed: dict[str, Any], pieces: list[Piece], jobs: list[Job]) -> dict[str, Any]:
@@ -38,18 +50,17 @@ class Shape:
                 {
                     "index": index,
                     **self.choice(text),
-                    "logprobs": self._logprobs(own, jobs),
+                    "logprobs": self._logprobs(own, jobs, Offsets()),
                     "finish_reason": own[-1].finish,
                 }
             )
-        return {**fixed, "object": self.kind, "choices": choices, "usage": usage(pieces, jobs)}
+        return {**fixed, "object": self.kind, "choices": choices, "usage": usage(len(pieces), jobs)}
 
     async def stream(
         self, fixed: dict[str, Any], pieces: AsyncIterator[Piece], jobs: list[Job], with_usage: bool
     ) -> AsyncIterator[dict[str, Any]]:
         fixed = {**fixed, "object": self.chunk_kind, **({"usage": None} if with_usage else {})}
-        seen: list[Piece] = []
-        shown = [0] * sum(job.n for job in jobs)
+        num_generated, offsets = 0, [Offsets() for job in jobs for _ in range(job.n)]
 
         def chunk(
             index: int, body: dict[str, Any], logprobs: Any = None, finish: Any = None
@@ -58,51 +69,54 @@ class Shape:
             return {**fixed, "choices": [choice]}
 
         if self.opening is not None:
-            for index in range(len(shown)):
+            for index in range(len(offsets)):
                 yield chunk(index, self.opening)
         async for piece in pieces:
-            seen.append(Piece(piece.index, count=piece.count))
-            logprobs = self._logprobs([piece], jobs, shown[piece.index])
-            shown[piece.index] += len(piece.text)
+            num_generated += 1
+            logprobs = self._logprobs([piece], jobs, offsets[piece.index])
             if piece.text or piece.finish or piece.token:
                 yield chunk(piece.index, self.delta(piece.text), logprobs, piece.finish)
         if with_usage:
-            yield {**fixed, "choices": [], "usage": usage(seen, jobs)}
+            yield {**fixed, "choices": [], "usage": usage(num_generated, jobs)}
 
-    def _logprobs(self, pieces: list[Piece], jobs: list[Job], before: int = 0) -> dict[str, Any] | None:
+    def _logprobs(self, pieces: list[Piece], jobs: list[Job], offsets: Offsets) -> dict[str, Any] | None:
         if jobs[0].top_logprobs is None:
             return None
-        return self.logprobs([piece.token for piece in pieces if piece.token], before)
+        return self.logprobs([piece.token for piece in pieces if piece.token], offsets)
 
 
-def usage(pieces: list[Piece], jobs: list[Job]) -> dict[str, int]:
+def usage(num_generated: int, jobs: list[Job]) -> dict[str, int]:
     """In tokens; the one that ended an answer counts, it was generated."""
-    prompt, generated = sum(len(job.ids) for job in jobs), sum(piece.count for piece in pieces)
-    return {"prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated}
+    prompt = sum(len(job.ids) for job in jobs)
+    total = prompt + num_generated
+    return {"prompt_tokens": prompt, "completion_tokens": num_generated, "total_tokens": total}
 
 
 def _shown(raw: bytes) -> str:
-    return raw.decode(errors="replace")
+    """Text, or OpenAI's word for bytes of half a character, so that two of them are not one key."""
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
 
 def _entry(raw: bytes, logprob: float) -> dict[str, Any]:
     return {"token": _shown(raw), "logprob": max(logprob, FLOOR), "bytes": list(raw)}
 
 
-def chat_logprobs(tokens: list[Token], before: int) -> dict[str, Any]:
+def chat_logprobs(tokens: list[Token], offsets: Offsets) -> dict[str, Any]:
     entries = [
         {**_entry(t.raw, t.logprob), "top_logprobs": [_entry(*rival) for rival in t.top]} for t in tokens
     ]
     return {"content": entries, "refusal": None}
 
 
-def text_logprobs(tokens: list[Token], before: int) -> dict[str, Any]:
-    texts = [_shown(token.raw) for token in tokens]
+def text_logprobs(tokens: list[Token], offsets: Offsets) -> dict[str, Any]:
     return {
-        "tokens": texts,
+        "tokens": [_shown(token.raw) for token in tokens],
         "token_logprobs": [max(token.logprob, FLOOR) for token in tokens],
         "top_logprobs": [{_shown(raw): max(value, FLOOR) for raw, value in token.top} for token in tokens],
-        "text_offset": [before + len("".join(texts[:i])) for i in range(len(texts))],
+        "text_offset": [offsets.next(token.raw) for token in tokens],
     }
 
 
