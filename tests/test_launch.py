@@ -83,7 +83,9 @@ def words(tmp_path, *flags):
 
 
 def start(tmp_path, *flags, **options) -> subprocess.Popen:
-    command = [str(word) for word in words(tmp_path, "--num_processes", 2, *flags)]
+    # under nohup SIGHUP would be ignored, as it should be there
+    default = ("env", "--default-signal=HUP,INT")
+    command = [str(word) for word in (*default, *words(tmp_path, "--num_processes", 2, *flags))]
     streams = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     return subprocess.Popen(command, cwd=ROOT, text=True, start_new_session=True, **streams, **options)
 
