@@ -176,9 +176,8 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_nothing_else(mishaps):
         assert (end["chosen"], end["left"]) == ("checkpoint-2", ["checkpoint-2"])
     said = [line for line in mishaps[1].splitlines() if line.startswith("checkpoint-4: not saved")]
     assert len(said) == 50
-    assert all(re.search(r" \(1 of 3 in a row\), no space: need 7\.\d\d MB, ", line) for line in said), said[
-        0
-    ]
+    expected = re.compile(r" \(1 of 3 in a row\), no space: need 7\.\d\d MB, ")
+    assert all(expected.search(line) for line in said), said[0]
 
 
 # --- disk space ---------------------------------------------------------------------------------------
