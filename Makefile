@@ -1,7 +1,7 @@
 # make demo    the main job in miniature: install, train a nano model, talk to it (about two minutes after installing)
 # make test    the whole test suite
 # make lint    ruff and mypy
-# make soak    kill -9 at 200 random moments, and at every write of a save (about an hour)
+# make soak    kill -9 at 200 random moments and at every write of a save, 100,000 odd requests (over an hour)
 PYTHON ?= python3
 BIN := .venv/bin
 GPU := $(shell command -v nvidia-smi)
@@ -35,7 +35,7 @@ bench: .venv/installed
 
 soak: .venv/installed
 	$(BIN)/python benchmarks/crash.py --trials 200
-	BAICHUAN_SFT_SOAK=1 $(BIN)/python -m pytest -q -m slow tests/test_saving.py
+	BAICHUAN_SFT_SOAK=1 $(BIN)/python -m pytest -q tests/test_saving.py tests/test_server_fuzz.py
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
