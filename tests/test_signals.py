@@ -184,3 +184,23 @@ def test_a_killed_rank_ends_the_other_and_the_launcher(start, rank):
     assert run.ends(within=START_SECONDS) != 0
     assert run.text().count(f"rank {rank}: its process is gone, last step ") == 1
     assert "Traceback" not in run.text()
+
+
+LEAVES_A_WORKER = """
+import torch
+from baichuan_sft.train.signals import handled, ignore_in_worker
+
+loader = torch.utils.data.DataLoader(range(10_000), num_workers=2, worker_init_fn=ignore_in_worker)
+with handled():
+    rows = iter(loader)
+    next(rows)
+    raise ValueError("the error that ended it")
+"""
+
+
+def test_an_error_does_not_wait_for_loader_workers():
+    """They ignore SIGTERM, with which Python would end them before it waits for them."""
+    command = [sys.executable, "-c", LEAVES_A_WORKER]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment(), cwd=ROOT)
+    assert done.returncode == 1
+    assert done.stderr.rstrip().endswith("ValueError: the error that ended it")

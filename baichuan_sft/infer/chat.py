@@ -20,6 +20,15 @@ EXAMPLE = """baichuan-sft chat out
   baichuan-sft chat Baichuan2-7B-Chat --dtype bf16 --compile --temperature 0.3 --top_p 0.85 < questions.txt"""
 
 
+def add_model_options(parser: Parser) -> None:
+    """How a model is loaded, by all commands that talk to one."""
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights (auto: as stored)")
+    parser.add_argument(
+        "--quantize", choices=QUANTIZATIONS, help="linear layers in 8 or 4 bits (bitsandbytes)"
+    )
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (cuda where there is one)")
+
+
 def build_parser() -> Parser:
     parser = Parser(
         prog="baichuan-sft chat",
@@ -31,14 +40,10 @@ def build_parser() -> Parser:
     count = number(int, "a whole number of at least 0", lambda n: n >= 0)
     seed = number(int, "a whole number from 0 to 4294967295", lambda n: 0 <= n < 2**32)
     parser.add_argument("path", metavar="DIR", help="directory of a model, an adapter or a checkpoint")
-    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights (auto: as stored)")
-    parser.add_argument(
-        "--quantize", choices=QUANTIZATIONS, help="linear layers in 8 or 4 bits (bitsandbytes)"
-    )
+    add_model_options(parser)
     parser.add_argument(
         "--compile", action="store_true", help="static cache and CUDA graphs: faster after the first answer"
     )
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (cuda where there is one)")
     parser.add_argument("--system", default="", metavar="TEXT", help="system message")
     parser.add_argument("--max_new_tokens", type=at_least_1, metavar="N", help="longest answer, tokens")
     parser.add_argument("--temperature", type=above_0, metavar="X", help="divides the logits")

@@ -17,8 +17,7 @@ from pathlib import Path
 
 from baichuan_sft.arguments import Parser, at_least_1, number
 from baichuan_sft.errors import EnvironmentFault, UserError, first_line
-from baichuan_sft.infer.chat import DTYPES, describe
-from baichuan_sft.quantization import QUANTIZATIONS
+from baichuan_sft.infer.chat import add_model_options, describe
 
 KEY_VARIABLE = "BAICHUAN_SFT_API_KEY"
 MIN_KEY = 16  # characters
@@ -49,9 +48,7 @@ def build_parser() -> Parser:
         help="serve an adapter of the same base too, under this model name; may be repeated",
     )
     parser.add_argument("--name", help="model name of DIR (its last part)")
-    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights (auto: as stored)")
-    parser.add_argument("--quantize", choices=QUANTIZATIONS, help="linear layers in 8 or 4 bits")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (cuda where there is one)")
+    add_model_options(parser)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
     parser.add_argument("--port", type=port, default=8000, help="0 takes a free one (%(default)s)")
     parser.add_argument("--api_key_file", metavar="FILE", help=f"token, before ${KEY_VARIABLE}")

@@ -19,7 +19,6 @@ from typing import Any
 from baichuan_sft.arguments import Parser, number
 from baichuan_sft.errors import EnvironmentFault, UserError
 from baichuan_sft.infer import chat
-from baichuan_sft.quantization import QUANTIZATIONS
 
 EXAMPLE = """baichuan-sft web out
   baichuan-sft web out/checkpoint-100 --compare out/checkpoint-50
@@ -66,13 +65,7 @@ def build_parser() -> Parser:
     port = number(int, "a port from 1 to 65535", lambda n: 1 <= n <= 65535)
     parser.add_argument("path", metavar="DIR", help="directory of a model, an adapter or a checkpoint")
     parser.add_argument("--compare", metavar="DIR2", help="another one, which answers beside it")
-    parser.add_argument(
-        "--dtype", choices=chat.DTYPES, default="auto", help="of the weights (auto: as stored)"
-    )
-    parser.add_argument(
-        "--quantize", choices=QUANTIZATIONS, help="linear layers in 8 or 4 bits (bitsandbytes)"
-    )
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (cuda where there is one)")
+    chat.add_model_options(parser)
     parser.add_argument("--host", default="127.0.0.1", help="a loopback address (%(default)s)")
     parser.add_argument("--port", type=port, default=8501, metavar="N", help="(%(default)s)")
     return parser

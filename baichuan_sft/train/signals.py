@@ -59,6 +59,7 @@ def handled() -> Iterator[None]:
     try:
         yield
     finally:
+        _end_workers()
         for signum, handler in handlers.items():
             signal.signal(signum, handler)
         signal.set_wakeup_fd(before)
@@ -84,6 +85,21 @@ def ignore_in_worker(_: int) -> None:
     """For data loader workers, to whom launchers send signals too: rank and save need them to the end."""
     for signum in EXIT_CODES:
         signal.signal(signum, signal.SIG_IGN)
+
+
+def _end_workers() -> None:
+    """End loader workers that a failed run left.
+
+    Python ends them with SIGTERM, which they ignore, and would wait for them for ever.
+    """
+    children = multiprocessing.active_children()
+    if children:
+        # torch's handler would raise for them, in place of the error that ends the run
+        before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for child in children:
+            child.kill()
+            child.join()
+        signal.signal(signal.SIGCHLD, before)
 
 
 def end_process(exit_code: int) -> None:
