@@ -6,6 +6,7 @@ import importlib.util
 import math
 from typing import TYPE_CHECKING, Any
 
+from baichuan_sft.arguments import DTYPES, Parser
 from baichuan_sft.errors import EnvironmentFault, first_line, pick
 from baichuan_sft.variants import LINEARS
 
@@ -23,6 +24,15 @@ QUANTIZATIONS: dict[str, dict[str, Any]] = {
 KEPT = ["lm_head"]
 # NF4 weights that share a scale, scales that share one, entries of the code and of that of the scales.
 BLOCK, NESTED_BLOCK, CODE, NESTED_CODE = 64, 256, 16, 256
+
+
+def add_model_options(parser: Parser) -> None:
+    """How a model is loaded, by all commands that talk to one."""
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights (auto: as stored)")
+    parser.add_argument(
+        "--quantize", choices=QUANTIZATIONS, help="linear layers in 8 or 4 bits (bitsandbytes)"
+    )
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (cuda where there is one)")
 
 
 def device(name: str | None) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from baichuan_sft.arguments import DTYPES, Parser, at_least_1, number
 from baichuan_sft.errors import EnvironmentFault, UserError
-from baichuan_sft.quantization import QUANTIZATIONS, num_elements, quantization_of, stored_quantization
+from baichuan_sft.quantization import add_model_options, num_elements, quantization_of, stored_quantization
 from baichuan_sft.quantization import device as device_of
 from baichuan_sft.variants import architecture
 
@@ -18,15 +18,6 @@ EXAMPLE = """baichuan-sft chat out
   baichuan-sft chat out/checkpoint-100 --greedy --system 'Answer briefly.'
   baichuan-sft chat Baichuan2-13B-Chat --dtype bf16 --quantize nf4
   baichuan-sft chat Baichuan2-7B-Chat --dtype bf16 --compile --temperature 0.3 --top_p 0.85 < questions.txt"""
-
-
-def add_model_options(parser: Parser) -> None:
-    """How a model is loaded, by all commands that talk to one."""
-    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights (auto: as stored)")
-    parser.add_argument(
-        "--quantize", choices=QUANTIZATIONS, help="linear layers in 8 or 4 bits (bitsandbytes)"
-    )
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (cuda where there is one)")
 
 
 def build_parser() -> Parser:

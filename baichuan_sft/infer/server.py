@@ -17,7 +17,8 @@ from pathlib import Path
 
 from baichuan_sft.arguments import Parser, at_least_1, number
 from baichuan_sft.errors import EnvironmentFault, UserError, first_line
-from baichuan_sft.infer.chat import add_model_options, describe
+from baichuan_sft.infer.chat import describe
+from baichuan_sft.quantization import add_model_options
 
 KEY_VARIABLE = "BAICHUAN_SFT_API_KEY"
 MIN_KEY = 16  # characters

@@ -19,6 +19,7 @@ from typing import Any
 from baichuan_sft.arguments import Parser, number
 from baichuan_sft.errors import EnvironmentFault, UserError
 from baichuan_sft.infer import chat
+from baichuan_sft.quantization import add_model_options
 
 EXAMPLE = """baichuan-sft web out
   baichuan-sft web out/checkpoint-100 --compare out/checkpoint-50
@@ -65,7 +66,7 @@ def build_parser() -> Parser:
     port = number(int, "a port from 1 to 65535", lambda n: 1 <= n <= 65535)
     parser.add_argument("path", metavar="DIR", help="directory of a model, an adapter or a checkpoint")
     parser.add_argument("--compare", metavar="DIR2", help="another one, which answers beside it")
-    chat.add_model_options(parser)
+    add_model_options(parser)
     parser.add_argument("--host", default="127.0.0.1", help="a loopback address (%(default)s)")
     parser.add_argument("--port", type=port, default=8501, metavar="N", help="(%(default)s)")
     return parser

@@ -1,0 +1,1 @@
+"""Benchmarks of the family on a model: read, ask, judge, report."""
