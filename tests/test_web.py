@@ -241,7 +241,7 @@ def test_saved_conversations_are_training_data(tmp_path, capsys):
     for side, first in enumerate(["你好！", "嗨"]):
         path = tmp_path / f"{side}.json"
         path.write_text(to_belle(conversation, side), encoding="utf-8")
-        assert data(["check", str(path)]) == 0
+        assert data(["check", str(path), "--output_dir", str(tmp_path / "check")]) == 0
         loaded, count = from_belle(path.read_bytes(), "x")
         assert (count, loaded.system) == (1, "简短回答。")
         assert [(t.question, t.answers[0], t.train) for t in loaded.turns] == [
@@ -462,7 +462,7 @@ def test_compare_languages_and_a_file(server, browser, tmp_path):
     with tab.expect_download() as download:
         tab.get_by_text("保存 base").click()
     download.value.save_as(path)
-    assert data(["check", str(path)]) == 0
+    assert data(["check", str(path), "--output_dir", str(tmp_path / "check")]) == 0
     (said,) = json.loads(path.read_text(encoding="utf-8"))
     assert said["conversations"][0] == {"from": "human", "value": "你好"}
 
