@@ -23,6 +23,7 @@ COMMANDS = {
     "preview": ("baichuan_sft.datatools.preview:preview", "show conversations as tokens, trained and not"),
     "launch": ("baichuan_sft.launch.command:main", "train on one or many hosts; when one fails, all end"),
     "doctor": ("baichuan_sft.doctor.command:main", "what keeps one or many hosts from training"),
+    "eval": ("baichuan_sft.evaluate.command:main", "score a model, or several, on the family's benchmarks"),
     "serve": ("baichuan_sft.infer.server:main", "answer OpenAI's API for a model and its adapters"),
     "chat": ("baichuan_sft.infer.terminal:main", "talk to a model, an adapter or a checkpoint"),
     "web": ("baichuan_sft.infer.web:main", "talk to a model in the browser, or compare two"),
