@@ -101,7 +101,7 @@ CASES = [
     ("B26", "--use_lora True --lora_rank 0", 2, "--lora_rank is 0; it must be .* >= 1"),
     ("B26", "--use_lora True --lora_alpha nan", 2, "--lora_alpha is nan"),
     ("B26", "--use_lora True --lora_dropout 1.5", 2, "--lora_dropout is 1.5; it must be .* < 1"),
-    ("B27", "--load_best_model_at_end True", 2, "the last weights are the result"),
+    ("B27", "--load_best_model_at_end True", 2, "_end True needs evaluations: --dev_ratio or --eval_data"),
     ("B33", "--deepspeed no.json", 2, "--deepspeed no.json: no such file"),
     # not in the list
     ("pair", "--lora_rank 8", 2, "--lora_rank is given without --use_lora True"),

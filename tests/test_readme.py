@@ -34,6 +34,7 @@ from baichuan_sft.datatools.command import _parser as data_parser
 from baichuan_sft.datatools.preview import _parser as preview_parser
 from baichuan_sft.doctor.command import parser as doctor_parser
 from baichuan_sft.errors import UserError
+from baichuan_sft.evaluate.command import build_parser as eval_parser
 from baichuan_sft.export.convert import build_parser as convert_parser
 from baichuan_sft.export.merge import build_parser as merge_parser
 from baichuan_sft.export.quantize import build_parser as quantize_parser
@@ -116,7 +117,7 @@ def rows(text, pattern):
 def known_flags():
     (commands,) = [a for a in data_parser()._actions if isinstance(a, argparse._SubParsersAction)]
     others = (preview_parser(), chat_parser(), plan_parser(), doctor_parser(), launch_parser())
-    others += (serve_parser(), web_parser(), convert_parser(), merge_parser(), quantize_parser())
+    others += (serve_parser(), web_parser(), convert_parser(), merge_parser(), quantize_parser(), eval_parser())
     parsers = (train_parser(), *others, *commands.choices.values())
     known = {word for parser in parsers for action in parser._actions for word in action.option_strings}
     return known | {f"--{name}" for name in RENAMED}
@@ -201,7 +202,7 @@ def test_files_exist(text):
     missing = {path for path in paths if not (ROOT / path).exists()}
     assert missing <= WRITTEN_BY_A_RUN | NOT_IN_THE_REPOSITORY
     layout = [line.split()[0] for line in blocks(text, "text")[-1].splitlines()]
-    assert len(layout) == 26 and all((ROOT / path).exists() for path in layout)
+    assert len(layout) == 27 and all((ROOT / path).exists() for path in layout)
     chat = {word for word in named if re.fullmatch(r"/[a-z]+", word)}
     assert chat == set(CHAT_COMMANDS)
 
@@ -404,7 +405,7 @@ def outputs(place):
 
 @pytest.mark.slow
 def test_commands_run_and_leave_what_is_promised(outputs, place):
-    assert len(outputs) == 9
+    assert len(outputs) == 10
     assert "--warmup_ratio is called --warmup_steps today" in "".join(outputs.values())
     for name in ("output", "output-lora", "output-one", "merged", "merged-nf4", "modern"):
         verify(place / name)

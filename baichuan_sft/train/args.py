@@ -123,6 +123,28 @@ class SftTrainingArguments(TrainingArguments):
     per_device_eval_batch_size: int | None = field(  # type: ignore[assignment]
         default=None, metadata={"help": "Rows per device; default per_device_train_batch_size."}
     )
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata={"help": "End when so many evaluations in a row were no better than the best before them."},
+    )
+    eval_answers: int = field(
+        default=0,
+        metadata={"help": "Answer so many held-out questions before and after, for the run's report."},
+    )
+    eval_tasks: str | None = field(
+        default=None,
+        metadata={
+            "help": "Benchmarks, or domains of them, to score a small seeded part of before the first update "
+            "and after the last; names as in `baichuan-sft eval --list`."
+        },
+    )
+    eval_data_dir: str | None = field(
+        default=None, metadata={"help": "The benchmark authors' own files, as of `baichuan-sft eval`."}
+    )
+    eval_items: int = field(default=50, metadata={"help": "Items of each benchmark."})
+    eval_tasks_steps: int | None = field(
+        default=None, metadata={"help": "Updates between two scorings, for more than the first and the last."}
+    )
     train_sampling_strategy: str | None = field(  # type: ignore[assignment]
         default=None,
         metadata={

@@ -30,7 +30,6 @@ REFUSED = {
     "evaluation computes the loss and nothing else": "do_eval eval_accumulation_steps "
     "eval_do_concat_batches prediction_loss_only include_for_metrics batch_eval_metrics "
     "eval_use_gather_object fp16_full_eval bf16_full_eval",
-    "the last weights are the result": "load_best_model_at_end metric_for_best_model greater_is_better",
     "an epoch's last update takes what is left, on all ranks": "dataloader_drop_last accelerator_config",
     "rows come in an order that all ranks know": "dataloader_in_order dataloader_multiprocessing_context",
     "use `baichuan-sft chat`": "do_predict",
@@ -46,7 +45,8 @@ REFUSED = {
     "upload output_dir when it is complete": "push_to_hub hub_model_id hub_token hub_strategy",
 }
 # What only says how to evaluate.
-EVAL_FLAGS = "eval_strategy eval_steps eval_delay eval_on_start per_device_eval_batch_size".split()
+EVAL_FLAGS = """eval_strategy eval_steps eval_delay eval_on_start per_device_eval_batch_size
+    eval_answers""".split()
 # Where transformers' own words do not say what happens here.
 HELP = {
     "per_device_train_batch_size": "Rows per device: packed ones, laid end to end into one where "
@@ -57,6 +57,9 @@ HELP = {
     'zero2, zero3, offload, hpz. Where it says "auto" or nothing it takes the flag; a value in it takes the '
     "place of a flag that is not given; both given, and different, is refused.",
     "eval_steps": "Updates between evaluations with eval_strategy steps; default logging_steps.",
+    "load_best_model_at_end": "The weights of the best evaluation, not the last ones, are the result.",
+    "metric_for_best_model": "What best is: loss (default), perplexity or token_accuracy, on held-out data.",
+    "greater_is_better": "Follows from metric_for_best_model.",
     "eval_on_start": "Evaluate before the first update too.",
     "max_steps": "Updates in all, instead of num_train_epochs.",
     "optim": "Optimizer; adamw_bnb_8bit has a quarter of AdamW's states, paged_adamw_8bit can leave the GPU.",
@@ -71,6 +74,8 @@ COMMON = """output_dir num_train_epochs max_steps per_device_train_batch_size gr
     learning_rate lr_scheduler_type warmup_steps weight_decay max_grad_norm optim adam_beta1
     adam_beta2 adam_epsilon bf16 fp16 tf32 deepspeed seed logging_steps save_strategy save_steps
     save_total_limit eval_strategy eval_steps eval_on_start per_device_eval_batch_size
+    early_stopping_patience load_best_model_at_end metric_for_best_model eval_answers
+    eval_tasks eval_data_dir eval_items eval_tasks_steps
     resume resume_from_checkpoint allow_change overwrite_output_dir neftune_noise_alpha report_to use_cpu
     torch_compile use_liger_kernel""".split()
 
@@ -107,6 +112,10 @@ LIMITS = {
     "preprocessing_num_workers": _number(1),
     "packing_tokens": _number(2),
     "dev_ratio": _number(0, high=1),
+    "early_stopping_patience": _number(1),
+    "eval_answers": _number(0),
+    "eval_items": _number(1),
+    "eval_tasks_steps": _number(1),
     "eval_steps": _number(0, strict=True),
     "eval_delay": _number(0),
     "per_device_eval_batch_size": _number(1),

@@ -18,6 +18,8 @@ from baichuan_sft.errors import EnvironmentFault, UserError
 from baichuan_sft.train import args as tables
 from baichuan_sft.train import flags
 from baichuan_sft.train.args import Settings
+from baichuan_sft.train.benchmarks import check_tasks
+from baichuan_sft.train.best import check_best
 from baichuan_sft.train.checks import (
     check_bitsandbytes,
     check_data,
@@ -137,6 +139,8 @@ def _settle(values: dict[str, Any], parser: argparse.ArgumentParser, notices: li
     check_values(values, parser)
     flat = is_flat(values)
     check_data(values, parser)
+    check_best(values)
+    check_tasks(values, parser)
     _resolve_paths(values)
     check_bitsandbytes(values, parser)
     check_fused(values, zero_stage(values["deepspeed"]))

@@ -15,9 +15,17 @@ def say(message: str) -> None:
 
 
 def describe(logs: dict[str, float]) -> dict[str, str]:
-    """A log event in the few words that fit beside a progress bar."""
+    """A log event in the few words that fit beside a progress bar; none of what nobody waits for."""
     if "eval_loss" in logs:
-        return {"eval_loss": f"{logs['eval_loss']:.4f}", "perplexity": f"{logs['eval_perplexity']:.3f}"}
+        return {
+            "eval_loss": f"{logs['eval_loss']:.4f}",
+            "perplexity": f"{logs['eval_perplexity']:.3f}",
+            "accuracy": f"{logs['eval_token_accuracy']:.1%}",
+        }
+    if scores := scores_of(logs):
+        return {name: f"{value:.1f} [{low:.1f}, {high:.1f}]" for name, (value, low, high) in scores.items()}
+    if "loss" not in logs:
+        return {}
     return {
         "loss": f"{logs['loss']:.4f}",
         "grad": f"{logs.get('grad_norm', 0.0):.3f}",
@@ -28,6 +36,12 @@ def describe(logs: dict[str, float]) -> dict[str, str]:
         **({"mfu": f"{logs['mfu']:.1%}"} if "mfu" in logs else {}),
         "GiB": f"{logs['peak_gib']:.1f}",
     }
+
+
+def scores_of(logs: dict[str, float]) -> dict[str, tuple[float, float, float]]:
+    """Of each benchmark that a log event tells: its score and the ends of its interval."""
+    names = [key.removesuffix("_low") for key in logs if key.startswith("eval_") and key.endswith("_low")]
+    return {name[5:]: (logs[name], logs[f"{name}_low"], logs[f"{name}_high"]) for name in names}
 
 
 def line_of(state: TrainerState, logs: dict[str, float]) -> str:
@@ -43,7 +57,7 @@ class ProgressBar(ProgressCallback):
             return
         if "loss" in (logs or {}):
             self.training_bar.set_postfix(describe(logs))
-        elif "eval_loss" in (logs or {}):
+        elif describe(logs or {}):
             self.training_bar.write(line_of(state, logs))
 
 
@@ -54,9 +68,9 @@ class LogLines(PrinterCallback):
         self.started, self.first = time.monotonic(), state.global_step
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if not state.is_world_process_zero or not {"loss", "eval_loss"} & (logs or {}).keys():
+        if not state.is_world_process_zero or not describe(logs or {}):
             return
-        if "eval_loss" in logs:
+        if "loss" not in logs:
             print(line_of(state, logs), flush=True)
             return
         per_step = (time.monotonic() - self.started) / max(state.global_step - self.first, 1)

@@ -13,7 +13,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from baichuan_sft import __version__
-from baichuan_sft.train.progress import say
+from baichuan_sft.train.progress import say, scores_of
 from baichuan_sft.train.space import disk_reason
 
 PACKAGES = (
@@ -28,6 +28,7 @@ PACKAGES = (
 )
 
 
+MEASURED = ("benchmarks", "held_out_answers")
 BLOCKS, BLOCK = 33, 1 << 16  # of a file of weights, bytes
 
 
@@ -104,13 +105,17 @@ class RunRecord(TrainerCallback):
                 say(f"{path}: not written ({disk_reason(error) or error.strerror}), training goes on")
             self.log_failed = True
 
+    def go_on(self, before: dict[str, Any]) -> None:
+        """Keep what the resumed run has measured; ``before``: its facts."""
+        self.facts |= {name: before[name] for name in MEASURED if name in before}
+
     def write(self, directory: str | Path) -> None:
         text = json.dumps(self.facts, indent=1, ensure_ascii=False, default=str)
         (Path(directory) / "run.json").write_text(text + "\n", encoding="utf-8")
 
 
 def plot_loss(history: list[dict[str, float]], path: str | Path) -> None:
-    """Loss, gradient norm and loss on held-out data over the updates, as a PNG."""
+    """Loss, gradient norm and loss on held-out data over the updates, below them benchmarks, as a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -118,7 +123,10 @@ def plot_loss(history: list[dict[str, float]], path: str | Path) -> None:
 
     rows = [row for row in history if "loss" in row]
     steps = [row["step"] for row in rows]
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    scored = {row["step"]: scores_of(row) for row in history if scores_of(row)}
+    size: dict[str, Any] = dict(figsize=(7, 7), height_ratios=(4, 3)) if scored else dict(figsize=(7, 4))
+    figure, panels = plt.subplots(1 + bool(scored), squeeze=False, layout="constrained", **size)
+    axes, *below = panels[:, 0]
     axes.plot(steps, [row["loss"] for row in rows], color="tab:blue", label="loss")
     held_out = [row for row in history if "eval_loss" in row]
     if held_out:
@@ -139,5 +147,20 @@ def plot_loss(history: list[dict[str, float]], path: str | Path) -> None:
     )
     norms.set_ylabel("gradient norm", color="tab:orange")
     norms.set_ylim(bottom=0)
+    for panel in below:
+        plot_scores(panel, scored)
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def plot_scores(axes: Any, scored: dict[float, dict[str, tuple[float, float, float]]]) -> None:
+    """Each benchmark's score and interval over the updates."""
+    for name in dict.fromkeys(name for scores in scored.values() for name in scores):
+        steps = [step for step in scored if name in scored[step]]
+        value, low, high = zip(*(scored[step][name] for step in steps))
+        axes.plot(steps, value, marker="o", label=name)
+        axes.fill_between(steps, low, high, alpha=0.15)
+    axes.set(xlabel="update", ylabel="score (%; BLEU)", title="parts of benchmarks, 95 % intervals")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend()

@@ -16,10 +16,11 @@ from typing import Any
 from baichuan_sft import commit
 from baichuan_sft.errors import CheckpointFault, UserError
 from baichuan_sft.train.args import Settings
+from baichuan_sft.train.best import ended_early
 from baichuan_sft.train.lock import this_launch
 from baichuan_sft.train.progress import say
 from baichuan_sft.train.same_run import check_names
-from baichuan_sft.train.together import gather
+from baichuan_sft.train.together import gather, place
 
 NEVER, AUTO, NEWEST = "never", "auto", "newest"
 
@@ -36,9 +37,14 @@ class Resumed:
         return json.loads((self.path / "run.json").read_text(encoding="utf-8"))
 
     @cached_property
+    def state(self) -> dict[str, Any]:
+        """transformers' own: updates done, and what was logged."""
+        return json.loads((self.path / "trainer_state.json").read_text())
+
+    @property
     def step(self) -> int:
         """Updates done."""
-        return json.loads((self.path / "trainer_state.json").read_text())["global_step"]
+        return self.state["global_step"]
 
     @property
     def rows_per_update(self) -> int:
@@ -180,15 +186,6 @@ def _said_by(everyone: list[list[str]], shared: bool = False) -> list[str]:
     return list(found.values())
 
 
-def place() -> tuple[int, int]:
-    """Rank and number of ranks."""
-    import torch.distributed as dist
-
-    if not (dist.is_available() and dist.is_initialized()):
-        return 0, 1
-    return dist.get_rank(), dist.get_world_size()
-
-
 # --- the rows of an update --------------------------------------------------------------------------
 
 
@@ -232,9 +229,15 @@ def something_left(resumed: Resumed, settings: Settings, total: int) -> bool:
         UserError: neither, and this very checkpoint was asked for; --resume auto just ends.
     """
     output_dir = Path(settings.training["output_dir"])
-    if resumed.step < total or faults(output_dir, settings.training["save_on_each_node"]):
+    ended = resumed.step >= total or ended_early(resumed.state["log_history"], settings.training)
+    if not ended or faults(output_dir, settings.training["save_on_each_node"]):
         return True
-    result, saved = (commit.read_manifest(path)["files"] for path in (output_dir, resumed.path))
+    facts = json.loads((output_dir / "run.json").read_text(encoding="utf-8"))
+    source = resumed.path.with_name(facts.get("best", {}).get("checkpoint", resumed.path.name))
+    try:
+        result, saved = (commit.read_manifest(path)["files"] for path in (output_dir, source))
+    except (OSError, ValueError):
+        return True
     weights = [name for name in result if name.endswith(".safetensors")]
     if not weights or any(saved.get(name, {}).get("sha256") != result[name]["sha256"] for name in weights):
         return True  # of another run, or of another update

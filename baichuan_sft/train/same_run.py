@@ -25,7 +25,8 @@ FREE = """output_dir model_name_or_path deepspeed resume* allow_change overwrite
     push_to_hub disable_tqdm include_* peak_tflops dataloader_* ddp_* *_timeout local_rank _n_gpu use_cpu
     use_cache skip_memory_metrics debug do_* gradient_checkpointing* activation_checkpointing*
     torch_empty_cache_steps on_spike grad_norm_limit parallelism_config accelerator_config
-    restore_callback_states_from_checkpoint logging_dir""".split()
+    restore_callback_states_from_checkpoint logging_dir early_stopping_patience load_best_model_at_end
+    metric_for_best_model greater_is_better""".split()
 
 
 def check_names(allowed: str | None) -> None:

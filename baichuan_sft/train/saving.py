@@ -61,6 +61,7 @@ class Saving(_Base):
     record: RunRecord
     check_reload: bool
     order: RowOrder
+    best_saved: Callable[[], list[Path]]  # (best.py)
     keep: int | None = None  # --save_total_limit
     unfinished: Unfinished | None = None
     fault: Exception | None = None  # of this rank's writers, until all ranks can hear of it
@@ -186,9 +187,8 @@ class Saving(_Base):
         commit.write_manifest(directory, entries, step=step, world_size=self.args.world_size)
 
     def _retire(self, newest: Path) -> None:
-        if self.keep is None:
-            return
-        for path in commit.expired(newest.parent, self.keep, [newest, self.state.best_model_checkpoint]):
+        kept = [newest, *self.best_saved()[:1]]
+        for path in commit.expired(newest.parent, self.keep, kept) if self.keep else []:
             try:
                 commit.remove(path)
             except OSError as error:

@@ -55,6 +55,8 @@ def train(settings: Settings, inputs: Inputs) -> None:
 
     from baichuan_sft.checkpoint import load_config
     from baichuan_sft.train import resume, universal
+    from baichuan_sft.train.answers import answer
+    from baichuan_sft.train.benchmarks import Beforehand, load_tasks
     from baichuan_sft.train.rows import lay_out, rows_per_update
     from baichuan_sft.train.same_run import require_same_run
     from baichuan_sft.train.trainer import FactsCollator, SftTrainer
@@ -72,6 +74,8 @@ def train(settings: Settings, inputs: Inputs) -> None:
     held_out = inputs.held_out
     per_update = resumed.rows_per_update if resumed else rows_per_update(args, settings.row_shape()[1])
     record = run_record(settings, args, inputs, rows_per_update=per_update, accumulation_asked=asked)
+    tasks = load_tasks(settings) if args.eval_tasks else []
+    questions = questions_of(settings, inputs) if args.eval_answers else []
     rows = lay_out(settings, inputs.train, per_update)
     total = updates_in_all(args, rows, per_update)
     require_warmup_ends(args.warmup_steps, total)
@@ -81,6 +85,7 @@ def train(settings: Settings, inputs: Inputs) -> None:
         if not resume.something_left(resumed, settings, total):
             return
         checkpoint = universal.checkpoint_for(resumed, args)
+        record.go_on(resumed.facts)
         if settings.data.streaming:
             restore_stream(rows, resumed.path, args.process_index)
     trainer = SftTrainer(
@@ -98,14 +103,30 @@ def train(settings: Settings, inputs: Inputs) -> None:
         sources=inputs.sources,
         rows_per_batch=(settings.row_shape()[1], settings.row_shape(evaluate=True)[1]),
         rows_per_update=per_update,
+        tasks=tasks,
+        batch_tokens=tokens_per_batch(settings),
     )
+    trainer.add_callback(Beforehand(trainer, questions))
     if checkpoint is None and args.overwrite_output_dir and args.should_save:
         resume.begin_anew(settings.training["output_dir"])
     fit(trainer, settings, checkpoint)
+    trainer.score()
+    if questions:
+        answer(trainer, questions, "after")
     status.update(phase="save")
     trainer.save_model()
     trainer.say_skipped()
     conclude(trainer, settings)
+
+
+def questions_of(settings: Settings, inputs: Inputs) -> list[dict[str, Any]]:
+    from baichuan_sft.checkpoint import load_config
+    from baichuan_sft.train.answers import pick_questions
+    from baichuan_sft.train.inputs import data_seed
+
+    context = load_config(settings.model.model_name_or_path).context_length
+    count, seed = settings.training["eval_answers"], data_seed(settings.training)
+    return pick_questions(inputs.held_out, inputs.tokenizer, count, seed=seed, context=context)
 
 
 def fit(trainer: Any, settings: Settings, checkpoint: Path | None) -> None:
@@ -154,6 +175,12 @@ def quieten_bars() -> None:
 
     if not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0":
         logging.disable_progress_bar()
+
+
+def tokens_per_batch(settings: Settings) -> int:
+    """What a micro-batch of evaluation may hold."""
+    capacity, size = settings.row_shape(evaluate=True)
+    return size * (capacity or settings.data.model_max_length)
 
 
 def batch_shape(settings: Settings, args: Any, *, evaluate: bool = False) -> dict[str, int]:

@@ -59,8 +59,8 @@ class State(_Base):
 
     def _run_epoch(self, *args, **kwargs):
         # A run that was killed after its last update has only its result to save; transformers would take
-        # one update more.
-        if self.state.global_step < self.state.max_steps:
+        # one update more. Nor does a resumed run go on that had ended early.
+        if self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
             super()._run_epoch(*args, **kwargs)
 
     def _deepspeed_schedules(self) -> bool:

@@ -15,6 +15,15 @@ T = TypeVar("T")
 PROBE_BYTES = 1 << 20
 
 
+def place() -> tuple[int, int]:
+    """Rank and number of ranks."""
+    import torch.distributed as dist
+
+    if not (dist.is_available() and dist.is_initialized()):
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
+
+
 def gather(value: T) -> list[T]:
     """The values of all ranks, by rank."""
     import torch.distributed as dist

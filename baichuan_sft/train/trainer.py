@@ -21,6 +21,9 @@ from baichuan_sft.data.packing import NO_ITEM, Collator, PackedDataset
 from baichuan_sft.data.streaming import StreamingRows
 from baichuan_sft.data.template import IGNORE
 from baichuan_sft.errors import NumericalFault
+from baichuan_sft.model.head_baichuan import LOGITS_PER_CHUNK, BaichuanHead
+from baichuan_sft.train.benchmarks import Benchmarking, Tasks
+from baichuan_sft.train.best import Best, EarlyStopping
 from baichuan_sft.train.numerics import CAUSES, Guard, Numerics
 from baichuan_sft.train.order import RowOrder, SetEpoch
 from baichuan_sft.train.progress import LogLines, ProgressBar
@@ -60,7 +63,7 @@ class FactsCollator(Collator):
         return batch
 
 
-class SftTrainer(Numerics, Stopping, Saving, State, Trainer):
+class SftTrainer(Numerics, Stopping, Benchmarking, Best, Saving, State, Trainer):
     """Trainer that names a bad batch, verifies what it saved, and counts tokens.
 
     Args:
@@ -70,6 +73,7 @@ class SftTrainer(Numerics, Stopping, Saving, State, Trainer):
         sources: names of the data files, by number.
         rows_per_batch: rows of a micro-batch in training, and in evaluation.
         rows_per_update: over all ranks and micro-batches.
+        tasks: benchmarks to score on the way, in batches of ``batch_tokens``.
     """
 
     def __init__(
@@ -81,11 +85,13 @@ class SftTrainer(Numerics, Stopping, Saving, State, Trainer):
         rows_per_batch: tuple[int, int],
         rows_per_update: int,
         eval_collator: FactsCollator,
+        tasks: Tasks,
+        batch_tokens: int,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.rows_per_batch, self.eval_collator = rows_per_batch, eval_collator
-        self.record = record
+        self.record, self.tasks, self.batch_tokens = record, tasks, batch_tokens
         self.sources = sources
         self.check_reload = check_reload
         self.speed = Speed(self.model, self.args)
@@ -99,6 +105,8 @@ class SftTrainer(Numerics, Stopping, Saving, State, Trainer):
         self.add_callback(ProgressBar() if bar else LogLines())
         self.add_callback(record)
         self.add_callback(Guard(self))
+        if self.args.early_stopping_patience is not None:
+            self.add_callback(EarlyStopping())
 
     # --- rows -------------------------------------------------------------------------------------
 
@@ -164,33 +172,54 @@ class SftTrainer(Numerics, Stopping, Saving, State, Trainer):
         """The cross-entropy of all targets of all ranks over their number: no mean of batch means.
 
         All ranks take as many batches, which ZeRO-3's gathering of each layer needs. Perplexity is its
-        exponential. The z-loss, which training may add, is left out.
+        exponential. The z-loss, which training may add, is left out. Token accuracy is the share of targets
+        that the largest logit names.
         """
         model, config = self.model_wrapped, self._base_model().config
         was_training, z_loss_weight = model.training, config.z_loss_weight
-        sums = torch.zeros(2, dtype=torch.float64)  # loss, targets
+        sums = torch.zeros(3, dtype=torch.float64)  # loss, targets, of them right
         model.eval()
         config.z_loss_weight = 0.0
+        right, counter = [], None
         try:
+            counter = self._base_model().lm_head.register_forward_pre_hook(
+                lambda head, inputs: right.append(count_right(head, *inputs[:2]))
+            )
             for batch in dataloader:
                 self.leave_evaluation()
                 facts = batch.pop("facts")
                 with self.compute_loss_context_manager():
                     inputs = self._prepare_inputs(batch)
                     loss = model(**inputs, num_items_in_batch=1, skip_logits=True).loss
-                sums += torch.tensor([loss.item(), facts.num_targets])
+                sums += torch.tensor([loss.item(), facts.num_targets, right.pop().item()])
         finally:
+            if counter is not None:
+                counter.remove()
             model.train(was_training)
             config.z_loss_weight = z_loss_weight
-        total, num_targets = self.accelerator.reduce(sums.to(self.args.device), "sum").tolist()
+        total, num_targets, num_right = self.accelerator.reduce(sums.to(self.args.device), "sum").tolist()
         if not math.isfinite(total):
             raise NumericalFault(f"step {self.state.global_step}: the evaluation loss is {total}. {CAUSES}")
         mean = total / max(num_targets, 1)
         metrics: dict[str, float] = {
             f"{metric_key_prefix}_loss": mean,
             f"{metric_key_prefix}_perplexity": math.exp(min(mean, 700)),  # e^710 is more than a float
+            f"{metric_key_prefix}_token_accuracy": num_right / max(num_targets, 1),
             f"{metric_key_prefix}_targets": num_targets,
         }
         num_samples = len(dataloader.dataset.segments)
         nothing: Any = None
         return EvalLoopOutput(nothing, nothing, metrics, num_samples)
+
+
+def count_right(head: BaichuanHead, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Targets that the largest logit names; called where the head's weight is whole, also under ZeRO-3.
+
+    Args:
+        hidden: ``(B, T, D)``. labels: ``(B, T)`` token ids or IGNORE; position t is told at t - 1.
+    """
+    targets = labels[:, 1:].to(hidden.device)
+    hidden, targets = hidden[:, :-1][targets != IGNORE], targets[targets != IGNORE]
+    size = max(1, LOGITS_PER_CHUNK // head.out_features)
+    told = [head.forward(hidden[i : i + size]).argmax(-1) for i in range(0, len(targets), size)]
+    return (torch.cat([targets[:0], *told]) == targets).sum()

@@ -12,8 +12,8 @@ from typing import Any
 
 from baichuan_sft.errors import CheckpointFault, EnvironmentFault, UserError
 from baichuan_sft.train.progress import say
-from baichuan_sft.train.resume import Resumed, place
-from baichuan_sft.train.together import gather, together
+from baichuan_sft.train.resume import Resumed
+from baichuan_sft.train.together import gather, place, together
 
 PATIENCE = 20  # seconds after which waiting ranks hear that the first one still works: below any time limit
 
