@@ -298,9 +298,28 @@ def test_another_command_adds_to_the_results(place, tmp_path, monkeypatch, capsy
     monkeypatch.undo()
     assert evaluate(place, tmp_path, "--tasks", "cmmlu", "--style", "harness", "--limit", 5) == 0
     assert [task["style"] for task in results(tmp_path)["tasks"]] == ["baichuan", "harness"]
+
+    def files():
+        return {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    whole = files()
     assert evaluate(place, tmp_path, "--tasks", "cmmlu", "--limit", 6) == 2  # of another run
-    (task,) = results(tmp_path)["tasks"]
-    assert "items 5, now 6" in task["error"] and task["items"] == 0
+    assert "another run: limit 5, now 6" in capsys.readouterr().err
+    assert evaluate(place, tmp_path, "--tasks", "cmmlu", "--limit", 5, models=("base",)) == 2
+    assert "another run: model " in capsys.readouterr().err and files() == whole
+    with open(tmp_path / "items" / "cmmlu.baichuan.jsonl") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert evaluate(place, tmp_path, "--tasks", "cmmlu", *words) == 2
+    assert "another process writes it" in capsys.readouterr().out
+    assert results(tmp_path)["tasks"] == json.loads(whole[tmp_path / "results.json"])["tasks"]
+
+
+def test_a_report_that_cannot_be_written_is_one_line(place, tmp_path, capsys):
+    (tmp_path / "table.md").mkdir()
+    assert evaluate(place, tmp_path, "--tasks", "cmmlu", "--limit", 5) == 3
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert "/table.md" in line and "cannot be written: Is a directory" in line and "goes on" in line
+    assert results(tmp_path)["tasks"][0]["items"] == 5
 
 
 def test_ctrl_c_keeps_what_was_answered(place, tmp_path, monkeypatch, capsys):
@@ -378,6 +397,8 @@ def test_labels_tell_models_apart(paths, labels):
         ("tuned --data_dir data --revisions a,a", "one twice"),
         ("tuned --data_dir data --tasks cmmlu --revisions a", "is a directory"),
         ("tuned data --data_dir data --tasks cmmlu", "data/config.json"),
+        ("tuned tunde --data_dir data --tasks cmmlu", "tunde: no such directory"),
+        ("tuned --data_dir data --tasks cmmlu --compare bsae", "bsae: no such directory"),
         ("tuned --data_dir data --tasks cmmlu --compare data", "data/config.json"),
         ("tuned --data_dir data --limit 0", "a whole number of at least 1"),
     ],
@@ -440,5 +461,6 @@ def test_the_authors_own_files_in_both_styles(place, tmp_path, monkeypatch, caps
     assert guarded(command.main, [str(place / "tuned"), *words]) == 0, capsys.readouterr()
     found = results(tmp_path)
     asked = {(task["benchmark"], task["style"]) for task in found["tasks"] if task["items"] == 1}
-    assert len(asked) + 2 * len(found["absent"]) == 2 * len(BENCHMARKS)
+    absent = sum(len(line.split(":")[0].split(", ")) for line in found["absent"])
+    assert len(asked) + 2 * absent == 2 * len(BENCHMARKS)
     assert not [task["error"] for task in found["tasks"] if task["error"]]

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import zipfile
+from dataclasses import replace
 
 import pytest
 from benchmark_files import ITEMS, agi, csv_text, jsonl, question, write_benchmarks
@@ -337,6 +338,8 @@ def test_table():
         ("A: 1 B: 2 C: 3 D: 4 E: 5", "", ("1", "2", "3", "4", "5")),
         ("A．一 B．二", "A．一 B．二", ()),
         ("没有", "没有", ()),
+        ("选\nA. A、B两点\nB. A点\n C. B点\nD. A、B、C、D", "选", ("A、B两点", "A点", "B点", "A、B、C、D")),
+        ("7\nA. 1 B. 2\n8 A. 3\nB. 4\nC. 5\nD. 6", "7\nA. 1 B. 2\n8", ("3", "4", "5", "6")),
     ],
 )
 def test_choices_in_a_question(text, question, choices):
@@ -371,6 +374,20 @@ def test_jecqa_as_its_own_authors_ship_it(tmp_path):
     subject = load("jecqa", tmp_path, Settings()).subjects[0]
     assert (len(subject.items), len(subject.shots), subject.title) == (2, 2, "国家司法")
     assert subject.items[0].answer == "B" and subject.items[0].choices == ("一", "二", "三", "四")
+
+
+def test_what_the_vendor_left_out_is_not_missing(tmp_path, monkeypatch):
+    """A whole dev.json of MedMCQA is called whole, although a part of it is not asked."""
+    monkeypatch.setitem(BENCHMARKS, "medmcqa", replace(BENCHMARKS["medmcqa"], num_items=12))
+    (tmp_path / "medmcqa").mkdir()
+    options = {"opa": "1", "opb": "2", "opc": "3", "opd": "4", "cop": 1}
+    kinds = ["single"] * 8 + ["multi"] * 4
+    for whole in (True, False):
+        records = [{"question": f"Q{i}", **options, "choice_type": kind} for i, kind in enumerate(kinds)]
+        (tmp_path / "medmcqa" / "dev.json").write_text(jsonl(records[: None if whole else -1]))
+        notes = load("medmcqa", tmp_path, Settings()).notes
+        assert any("of type multi left out" in note for note in notes)
+        assert any("of the 12 items" in note for note in notes) is not whole
 
 
 def test_mmlu_as_prompts(tmp_path):

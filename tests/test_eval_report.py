@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -86,22 +87,34 @@ def test_averages_of_the_table_are_those_that_the_vendor_prints():
         assert report.mean(figures) == f"{value:.2f}"
 
 
+OTHER = {"variant": "baichuan2-13b"}
+BASE13 = {"variant": "baichuan-13b", "path": "baichuan-inc/Baichuan-13B-Base"}
+
+
 @pytest.mark.parametrize(
     "changes, name",
     [
         ({}, "Baichuan2-7B-Base"),
         ({"variant": "baichuan2-7b, 2 x 64"}, None),
-        ({"path": "/models/Baichuan2-13B-Chat", "variant": "baichuan2-13b"}, "Baichuan2-13B-Chat"),
-        ({"path": "/models/Baichuan2-13B-Chat/", "quantization": "nf4"}, "Baichuan2-13B-Chat-4bits"),
-        ({"path": "baichuan-inc/Baichuan-13B-Base", "quantization": "nf4"}, "Baichuan-13B-Base-int4"),
-        ({"path": "baichuan-inc/Baichuan-13B-Base", "quantization": "int8"}, "Baichuan-13B-Base-int8"),
+        (OTHER | {"path": "/models/Baichuan2-13B-Chat"}, "Baichuan2-13B-Chat"),
+        (OTHER | {"path": "/models/Baichuan2-13B-Chat/", "quantization": "nf4"}, "Baichuan2-13B-Chat-4bits"),
+        (BASE13 | {"quantization": "nf4"}, "Baichuan-13B-Base-int4"),
+        (BASE13 | {"quantization": "int8"}, "Baichuan-13B-Base-int8"),
         ({"quantization": "int8"}, "Baichuan2-7B-Base"),  # no figure of its own is published
-        ({"path": "/hub/models--baichuan-inc--Baichuan-13B-Chat/snapshots/0a"}, "Baichuan-13B-Chat"),
+        (BASE13 | {"path": "/hub/models--baichuan-inc--Baichuan-13B-Chat/snapshots/0a"}, "Baichuan-13B-Chat"),
+        ({"path": "/runs/Baichuan-13B-Chat/sft-7b"}, "Baichuan2-7B-Base"),  # another variant's directory
+        ({"path": "/gpt-4/Baichuan2-7B-Chat/Baichuan-7B/sft"}, "Baichuan2-7B-Chat"),
         ({"revision": "train_00220B"}, None),
     ],
 )
 def test_which_published_model_a_model_is_beside(changes, name):
     assert published.name_of(FACTS | changes) == name
+
+
+def test_figures_of_another_measure_are_said_to_be():
+    assert set(published.REMARKS) <= set(BENCHMARKS) and "mean over tasks" in published.REMARKS["bbh"]
+    for name in DOMAINS["translation"]:
+        assert ("not comparable" in published.REMARKS[name]) == (name == "flores-ja")
 
 
 def test_figures_by_variant_and_by_name():
@@ -159,7 +172,8 @@ def test_table_says_what_is_not_as_the_vendor_did_it():
         "mmlu (baichuan): mmlu/test/a.csv:3: 5 columns",
         "humaneval (baichuan): pass@10 61.50",
         "absent: cmmlu: no files",
-        "published: base models on the test split",
+        "published: the mean over subjects; base models on the test split",
+        "flores-en: published: by OpenCompass, on the first 100 sentences",
     ):
         assert line in notes
     assert "## Law" not in text
@@ -372,6 +386,13 @@ def test_curve_without_tokens_keeps_the_order_given(tmp_path):
     points = [(name, results(entry("ceval"), path=f"/none/{name}")) for name in ("b$", "a", "百川")]
     table = curve.write(tmp_path, points)
     assert [line.split("|")[1].strip() for line in table.splitlines()[2:]] == ["b$", "a", "百川"]
+    tuned = tmp_path / "tuned"  # its own tokens are not the vendor's
+    tuned.mkdir()
+    (tuned / "trainer_state.json").write_text('{"epoch": 3.0}')
+    (tuned / "run.json").write_text('{"data": {"report": {"tokens": 650}}}')
+    names = ("/none/Baichuan2-7B-Base", str(tuned))
+    table = curve.write(tmp_path, [(Path(n).name, results(entry("ceval"), path=n)) for n in names])
+    assert [line.split("|")[2].strip() for line in table.splitlines()[2:]] == ["2.64T", "1,950"]
     assert (tmp_path / "curve.png").is_file()
     broken = failed("ceval", "baichuan", "broken")
     (tmp_path / "none").mkdir()

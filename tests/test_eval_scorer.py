@@ -1,5 +1,6 @@
 """Batches with shared beginnings against one request at a time, and against lm-eval's own model."""
 
+import copy
 import random
 from array import array
 from dataclasses import replace
@@ -9,6 +10,7 @@ import torch
 from fixtures import HOSTILE, tiny_config
 
 from baichuan_sft import BaichuanForCausalLM
+from baichuan_sft.errors import NumericalFault
 from baichuan_sft.evaluate.beginnings import STEP, beginnings
 from baichuan_sft.evaluate.generation import Row
 from baichuan_sft.evaluate.items import Request, letter
@@ -307,3 +309,12 @@ def test_lengths_and_an_empty_prompt(models, small):
     words = Request("the sea", **KINDS["words"])
     longest = max(len(small.encode_text("the sea" + choice)) for choice in words.choices)
     assert scorer.length(words) == longest
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_no_text_comes_from_a_broken_model(models, small, temperature):
+    model = copy.deepcopy(models["baichuan2-7b"])
+    model.model.layers[1].mlp.down_proj.weight[0, 0] = torch.nan
+    requests = questions(max_new_tokens=3, temperature=temperature)[:2]
+    with pytest.raises(NumericalFault, match="NaN or infinite"):
+        in_batches(Scorer(model, small), requests)

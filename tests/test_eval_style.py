@@ -2,6 +2,7 @@
 
 import ast
 import random
+from dataclasses import replace
 from functools import cache
 from importlib import import_module
 
@@ -220,6 +221,13 @@ def test_prompts_are_the_vendors_to_the_letter():
     )
 
 
+def test_a_subject_with_a_chinese_title_takes_the_chinese_form():
+    english = replace(CHOICE, question="Which?", choices=("a", "b", "c", "d"))
+    for name, title in (("gaokao", "英语"), ("agieval", "高考英语")):
+        assert text_of(name, english, [], title).startswith(f"以下是中国关于{title}考试的单项选择题")
+    assert text_of("agieval", english, [], "sat en").startswith("The following are")
+
+
 def test_examples_are_shuffled_by_the_seed_where_the_vendor_shuffles():
     def order(name, seed):
         prompter, subject = prompters(name, "baichuan", Settings(seed=seed))[0]
@@ -272,6 +280,14 @@ def test_stop_strings_cut_no_reference_answer(name):
         ("First 3, then 4, so 12 in all.", "12"),
         ("The answer is −7", "-7"),
         ("We need 2 steps. The answer is 4. The final answer is 6", "6"),
+        ("Answer: Janet sells 16 - 3 - 4 = 9 eggs.\nShe makes 9 * 2 = $18 every day.", "18"),
+        ("**Answer:** She has 16 - 3 = 13 eggs.\n\n\\boxed{18} of 20", "18"),
+        ("**Answer:** \\$18 for 2 days", "18"),
+        ("答案：小明有 16 - 3 = 13 个，共 18 个", "18"),
+        ("\\boxed{70{,}000}", "70000"),
+        ("\\boxed{70\\,000}", "70000"),
+        ("So the total is $\\$1{,}018$.", "1018"),
+        ("The answer is $3\\times 6 = 18$ of 20", "18"),
     ],
 )
 def test_number(text, gold):
@@ -292,6 +308,10 @@ def test_what_is_no_right_number(text):
         ("The final answer is 1,000", "1000"),
         ("The final answer is \\(-\\tfrac{3}{2}\\)", "-1\\frac12"),
         ("$x = 5\\text{ cm}$", "5"),
+        ("The final answer is **5**.", "5"),
+        ("The answer is **\\frac{1}{2}**", "\\frac12"),
+        ("The final answer is:\n\n\\[\n\\boxed{5}\n\\]", "5"),
+        ("The answer is\n$$\n\\frac{3}{4}\n$$ as $1$", "\\frac34"),
         ("the final answer is $90^\\circ$. I hope", "90"),
         ("\\boxed{\\left( 3, \\frac{\\pi}{2} \\right)}", "(3,\\frac{\\pi}{2})"),
         ("\\boxed{\\text{Evelyn}}", "Evelyn"),
@@ -325,6 +345,12 @@ def test_what_is_another_expression(text, gold):
         ("So the answer is (D) 12/14/1937.", "(D)", True),
         ("The answer is: **D**", "(D)", True),
         ("So the answer is Definitely not", "(D)", False),
+        ("So the answer is (A) and (B).", "(A)", False),
+        ("So the answer is (A), (B), or (C).", "(A)", False),
+        ("So the answer is A or B.", "(A)", False),
+        ("So the answer is (A) (B)", "(A)", False),
+        ("So the answer is (A), A pear and an apple.", "(A)", True),
+        ("So the answer is (A), as (B) is wrong.", "(A)", True),
         ("So the answer is true.", "True", True),
         ("So the answer is ] ) }.", "] ) }", True),
         ("So the answer is ])}", "] ) }", True),
@@ -353,6 +379,11 @@ PROMPT = 'from typing import List\n\n\ndef f(x: int) -> int:\n    """Twice."""\n
         "Here:\n```python\nimport re\n@staticmethod\ndef g(): pass\n\ndef f(x):\n    return 2 * x\nf()\n```",
         "```\nprint(1)\n```\nand\n```python\ndef f(x):\n    return 2 * x\n```",
         "The function is\n\ndef f(x):\n    return 2 * x\n\nand that is all.",
+        "    return 2 * x\n```\n",
+        "    return 2 * x\n```\n\nThis function doubles.\n",
+        "    return 2 * x\n\nFor example:\n\n```python\nprint(f(1))\n```",
+        "    return 2 * x\n```\nor\n```python\ndef f(x):\n    return 0\n```",
+        '    """Holds ```."""\n    return 2 * x\n',
         "    y = 2 * x\n    return y\n\n# next\nif __name__ == '__main__':\n    f(",
     ],
 )
@@ -360,6 +391,20 @@ def test_program_is_what_goes_on_with_the_function(text):
     names = {}
     exec(PROMPT + answers.program(text, PROMPT, "f"), names)
     assert names["f"](3) == 6
+
+
+@pytest.mark.parametrize("head", ["", "[BEGIN]\n", "\n[BEGIN]\n", "Sure:\n```python\n"])
+@pytest.mark.parametrize("tail", ["", "```\n", "```\nIt doubles.", "```\n\n```python\nprint(g(1))\n```\n"])
+def test_program_without_a_prompt_is_taken_whole(head, tail):
+    names = {}
+    code = "x = [2]\nfor i in range(1):\n    x.append(i)\ndef g(y):\n    return x[0] * y\n"
+    exec(answers.program(head + code + tail, ""), names)
+    assert names["g"](3) == 6 and names["x"] == [2, 0]
+
+
+def test_prose_between_a_program_and_its_example_is_left_out():
+    text = "def g(y):\n    return 2 * y\n\nFor example:\n```python\ng(1)\n```\n"
+    assert answers.program(text) == "def g(y):\n    return 2 * y\n\n"
 
 
 @pytest.mark.parametrize("text", ["", "\0", "I cannot.", "    return 2 *", "(" * 300])

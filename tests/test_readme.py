@@ -117,7 +117,14 @@ def rows(text, pattern):
 def known_flags():
     (commands,) = [a for a in data_parser()._actions if isinstance(a, argparse._SubParsersAction)]
     others = (preview_parser(), chat_parser(), plan_parser(), doctor_parser(), launch_parser())
-    others += (serve_parser(), web_parser(), convert_parser(), merge_parser(), quantize_parser(), eval_parser())
+    others += (
+        serve_parser(),
+        web_parser(),
+        convert_parser(),
+        merge_parser(),
+        quantize_parser(),
+        eval_parser(),
+    )
     parsers = (train_parser(), *others, *commands.choices.values())
     known = {word for parser in parsers for action in parser._actions for word in action.option_strings}
     return known | {f"--{name}" for name in RENAMED}
@@ -369,7 +376,9 @@ def place(tmp_path_factory):
     (place / "run.yaml").write_text(substituted(blocks(READMES["README.md"], "yaml")[0]))
     (place / "question").write_text("你是谁？\n")
     (place / "bin").mkdir()  # found last, where the package is not installed
-    (place / "bin" / "baichuan-sft").write_text(f'exec "{sys.executable}" -m baichuan_sft.cli "$@"\n')
+    (place / "bin" / "baichuan-sft").write_text(
+        f'#!/bin/sh\nexec "{sys.executable}" -m baichuan_sft.cli "$@"\n'
+    )
     (place / "bin" / "baichuan-sft").chmod(0o755)
     return place
 

@@ -16,21 +16,23 @@ from baichuan_sft.evaluate.readers import boxed
 _DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])(?:\.[0-9]+)?|[0-9]*\.?[0-9]+)(?:/[1-9][0-9]*)?"
 _NUMBER = rf"(?:(?<![0-9)])-)?{_DIGITS}"  # in "10-5" stands a difference
 _MARKED = re.compile(
-    r"(?:####|answer\s+is|answer:|答案(?:是|为|：|:))[^0-9\n]{0,40}?"
-    rf"({_NUMBER})(?:[-+*/x×÷0-9. ()]*=\s*\$?({_NUMBER}))?",  # "the answer is 3*6 = 18"
+    # behind "answer:" often begins the working: only a number that follows at once is marked by it
+    r"(?:(?:####|answer\s+is|答案[是为])[^0-9\n]{0,40}?|(?:answer|答案):[\s*$\\(]*)"
+    rf"({_NUMBER})(?:(?:[-+*/x×÷0-9. ()]|\\times)*=\s*\$?({_NUMBER}))?",  # "the answer is 3*6 = 18"
     re.IGNORECASE,
 )
 _FORMULA = r"\$+(.+?)\$+|\\\((.+?)\\\)|\\\[(.+?)\\\]"
 
 
 def number(text: str) -> str:
-    """The answer to a question of arithmetic: the last marked or boxed one, else the last number, else "".
+    """The answer to a question of arithmetic: the last boxed or marked one, else the last number, else "".
 
     ``"... 3*6=18 dollars a day.\\nThe answer is $1,018."`` is "1018".
     """
     text = unicodedata.normalize("NFKC", text).replace("−", "-")
+    text = re.sub(r"(?<=[0-9])(?:\{,\}|,?\\[,!])(?=[0-9]{3})", "", text)  # 1{,}018 in LaTeX
     marked = [after or first for first, after in _MARKED.findall(text)]
-    numbers = marked or re.findall(_NUMBER, boxed(text) or "") or re.findall(_NUMBER, text)
+    numbers = re.findall(_NUMBER, boxed(text) or "") or marked or re.findall(_NUMBER, text)
     return numbers[-1].replace(",", "") if numbers else ""
 
 
@@ -49,9 +51,10 @@ def _fraction(text: str) -> Fraction | None:
 def expression(text: str) -> str:
     """The answer to a question of mathematics: the last final answer, box, answer or formula; else ""."""
     for mark in ("final answer is", "answer is"):
-        if found := re.findall(rf"{mark}:?\s*(.+)", text, re.IGNORECASE):
-            formula = re.search(_FORMULA, found[-1])
-            plain = re.split(r"\.(?:\s|$)", found[-1])[0]
+        behind = rf"{mark}:?[\s*]*(\\\[.+?\\\]|\$\$.+?\$\$|[^\n]+)"  # a displayed formula has several lines
+        if found := re.findall(behind, text, re.IGNORECASE | re.DOTALL):
+            formula = re.search(_FORMULA, found[-1], re.DOTALL)
+            plain = re.split(r"\.(?:\s|$)", found[-1])[0].strip("* ")
             return boxed(found[-1]) or (next(filter(None, formula.groups())) if formula else plain)
         if inside := boxed(text):
             return inside
@@ -108,11 +111,20 @@ def short(text: str) -> str:
     return line.strip("*$").strip().removesuffix(".").strip("*$\"'").strip()
 
 
+# "(A) and (B)", "A or B"; "(A), A pear" names one
+_SEVERAL = re.compile(
+    r"\(?([A-Z])\)?(?:(?:[\s,;/&]|and|or)*\((?!\1)[A-Z]\)|\s*(?:,|/|&|and|or)\s*(?!\1)[A-HJ-Z](?!['\w]))"
+)
+
+
 def same_short(given: str, gold: str) -> bool:
-    """Equal but for case and spaces; an option's text behind its letter does not count: "(D) 12/14/1937"."""
+    """Equal but for case and spaces; an option's text behind its letter does not count: "(D) 12/14/1937".
+
+    Several options are no answer.
+    """
     if re.fullmatch(r"\([A-Z]\)", gold):
         found = re.match(r"\(([A-Z])\)|([A-Z])[.:)]?(?:\s|$)", given)
-        return found is not None and (found[1] or found[2]) == gold[1]
+        return not _SEVERAL.match(given) and found is not None and (found[1] or found[2]) == gold[1]
     between = " " if re.search(r"\w", gold) else ""  # brackets may stand without spaces
     return between.join(given.split()).casefold() == between.join(gold.split()).casefold()
 
@@ -120,11 +132,16 @@ def same_short(given: str, gold: str) -> bool:
 def program(text: str, prompt: str = "", entry_point: str = "") -> str:
     """The Python in a generated text, to be appended to ``prompt``.
 
-    A fenced block, of several the first that defines ``entry_point``. Behind a prompt only what goes on with
+    What goes on with the prompt before the first fence (which then ends it, or holds a call); else a fenced
+    block, of several the first that defines ``entry_point``. Behind a prompt only what goes on with
     its function and further definitions: no calls, prints and prose.
     """
     blocks = re.findall(r"```\w*[ \t]*\n(.*?)(?:\n```|\Z)", text, re.DOTALL)
-    if blocks:
+    text = re.sub(r"\A\s*\[BEGIN\][ \t]*\n?", "", text)  # MBPP's prompt says it too
+    before, *fenced = re.split(r"^[ \t]*```", text, maxsplit=1, flags=re.MULTILINE)
+    if fenced and _definitions(prompt, before):
+        text = "".join(_python(prompt, before)[0])
+    elif blocks:
         text = "\n" + next((block for block in blocks if f"def {entry_point}" in block), blocks[0]) + "\n"
     if not prompt:
         return text
@@ -132,24 +149,29 @@ def program(text: str, prompt: str = "", entry_point: str = "") -> str:
     return _definitions(prompt, text) or (_definitions(prompt, "\n" + start[0]) if start else None) or text
 
 
-def _definitions(prompt: str, text: str) -> str | None:
-    """Lines of ``text`` that define something, of the longest beginning that is Python; None where none is.
+def _python(prompt: str, text: str) -> tuple[list[str], list[ast.stmt]]:
+    """Lines of the longest beginning of ``text`` that is Python behind ``prompt``, and both parsed."""
+    lines = text.splitlines(keepends=True)
+    for count in range(len(lines), 0, -1):
+        try:
+            return lines[:count], ast.parse(prompt + "".join(lines[:count])).body
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
+            continue
+    return [], []
+
+
+def _definitions(prompt: str, text: str) -> str:
+    """Lines of ``text`` that define something, of the longest beginning that is Python.
 
     Of one name the first counts: base models write the next function, and then this one again.
     """
-    lines, first = text.splitlines(keepends=True), prompt.count("\n") + 1
-    for count in range(len(lines), 0, -1):
-        try:
-            body = ast.parse(prompt + "".join(lines[:count])).body
-        except (SyntaxError, ValueError, RecursionError, MemoryError):
-            continue
-        kept: dict[str, list[str]] = {}
-        for node in body:
-            begin = min([node.lineno, *(each.lineno for each in getattr(node, "decorator_list", ()))]) - first
-            own = lines[max(0, begin) : max(0, (node.end_lineno or node.lineno) - first + 1)]
-            if own and isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-                kept.setdefault(node.name, own)
-            elif own and isinstance(node, (ast.Import, ast.ImportFrom, ast.Assign, ast.AnnAssign)):
-                kept[f"{node.lineno}"] = own
-        return "".join(line for own in kept.values() for line in own)
-    return None
+    (lines, body), first = _python(prompt, text), prompt.count("\n") + 1
+    kept: dict[str, list[str]] = {}
+    for node in body:
+        begin = min([node.lineno, *(each.lineno for each in getattr(node, "decorator_list", ()))]) - first
+        own = lines[max(0, begin) : max(0, (node.end_lineno or node.lineno) - first + 1)]
+        if own and isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            kept.setdefault(node.name, own)
+        elif own and isinstance(node, (ast.Import, ast.ImportFrom, ast.Assign, ast.AnnAssign)):
+            kept[f"{node.lineno}"] = own
+    return "".join(line for own in kept.values() for line in own)

@@ -148,14 +148,18 @@ def split_choices(text: str) -> tuple[str, tuple[str, ...]]:
     "1. Which?\\nA. one  B. two C．threeD．four" -> ("1. Which?", ("one", "two", "three", "four"))
     """
     marks = list(_MARK.finditer(text))
-    for start in reversed([i for i, mark in enumerate(marks) if mark[1] == "A"]):
-        run: list[re.Match[str]] = []
-        for mark in marks[start:]:
-            run += [mark] if mark[1] == LETTERS[len(run)] else []
-        if len(run) >= 4:
-            ends = [*(mark.start() for mark in run[1:]), len(text)]
-            choices = tuple(text[mark.end() : end].strip() for mark, end in zip(run, ends, strict=True))
-            return text[: run[0].start()].strip(), choices
+    # those that begin a line are preferred: "A. A、B are equal"
+    lines = [mark for mark in marks if text[: mark.start()].rstrip(" \t\u3000").endswith("\n")]
+    for some in (lines, marks):
+        for start in reversed([i for i, mark in enumerate(some) if mark[1] == "A"]):
+            run: list[re.Match[str]] = []
+            for mark in some[start:]:
+                run += [mark] if mark[1] == LETTERS[len(run)] else []
+            if len(run) >= 4:
+                ends = [*(mark.start() for mark in run[1:]), len(text)]
+                choices = tuple(text[mark.end() : end].strip() for mark, end in zip(run, ends, strict=True))
+                if some is marks or "\n" not in choices[0]:  # in that would stand an earlier question
+                    return text[: run[0].start()].strip(), choices
     return text, ()
 
 
@@ -253,5 +257,5 @@ def medmcqa(folder: Folder) -> Found:
                 bad(where, f"has cop {record.get('cop')!r}, not the number of the right choice")
         single = [(w, {**r, "cop": r["cop"] - one}) for w, r in lines if r.get("choice_type") != "multi"]
         pools.append(_choices(single, name))
-    notes = _left_out(of_type_multi=multi)
-    return Found([Part("medmcqa", pools[0], pools[1] if train else None, "medical entrance")], notes)
+    parts = [Part("medmcqa", pools[0], pools[1] if train else None, "medical entrance")]
+    return Found(parts, _left_out(of_type_multi=multi), multi)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from pathlib import Path
 from typing import Any
 
 from baichuan_sft.arguments import Parser, at_least_1, number
-from baichuan_sft.errors import UserError, first_line
+from baichuan_sft.errors import EnvironmentFault, UserError, first_line
 from baichuan_sft.evaluate import benchmarks, runner
 from baichuan_sft.evaluate.benchmarks import BENCHMARKS, DOMAINS
 from baichuan_sft.evaluate.evaluation import RESULTS, Target, Tasks, evaluate, load_tasks, styles_of
@@ -18,6 +19,7 @@ EXAMPLE = """baichuan-sft eval --list --data_dir data/eval
   baichuan-sft eval output --tasks general,law --data_dir data/eval --output_dir scores
   baichuan-sft eval output-lora --tasks cmmlu,gsm8k --data_dir data/eval --compare Baichuan2-7B-Base
   baichuan-sft eval output/checkpoint-* --tasks ceval,mmlu,cmmlu --data_dir data/eval --output_dir curve"""
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EISDIR, errno.EIO}
 BEFORE = "before"  # the directory of --compare's model
 
 
@@ -72,25 +74,39 @@ def main(argv: list[str] | None = None) -> int:
     check_options(args)
     models, out = targets(args), Path(args.output_dir)
     tasks = load_tasks(args)
-    for path in [*args.paths, args.compare]:
-        check_model(path)
+    for model in models:
+        check_model(model.path, model.revision)
+    if args.compare is not None and not Path(args.compare, RESULTS).is_file():
+        check_model(args.compare, None)
     try:
         before, done = compared(args, tasks, out)
         for model in models:
             directory = out if len(models) == 1 else out / model.label
             done.append((model.label, evaluate(model, args, tasks, directory, before)))
+        if len(models) > 1:
+            from baichuan_sft.evaluate import curve, report
+
+            asked = done[-len(models) :]
+            report.write(out, [results for _, results in asked])
+            curve.write(out, asked)
     except KeyboardInterrupt:
         print(f"\nstopped; {out} keeps what was answered, and the same command goes on.", file=sys.stderr)
         return 130
-    if len(models) > 1:
-        from baichuan_sft.evaluate import curve, report
-
-        asked = done[-len(models) :]
-        report.write(out, [results for _, results in asked])
-        curve.write(out, asked)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        if error.errno not in DISK:
+            raise
+        raise EnvironmentFault(
+            f"{error.filename or out}: cannot be written: {error.strerror}; {out} keeps what was answered, "
+            "and the same command goes on."
+        ) from None
     print(f"written to {out}: " + ", ".join(sorted(path.name for path in out.iterdir())))
     entries = [
-        entry for _, results in done for name in ("tasks", "verdicts") for entry in results.get(name, [])
+        entry
+        for _, results in done
+        for name in ("tasks", "failed", "verdicts")
+        for entry in results.get(name, [])
     ]
     return 2 if any(entry.get("error") for entry in entries) else 0
 
@@ -134,16 +150,16 @@ def targets(args: Any) -> list[Target]:
     raise UserError(f"of {', '.join(args.paths)} two are the same directory.")
 
 
-def check_model(path: str | None) -> None:
-    """See a mistyped directory before the hours that the others take.
+def check_model(path: str, revision: str | None) -> None:
+    """See a mistyped directory before the hours that the others take; fetch what is not in the cache.
 
     Raises:
-        UserError: one that holds no model. What is no directory may be a repository.
+        UserError: no such directory, repository or revision, or one that holds no model.
     """
     from baichuan_sft.checkpoint import base_of, load_config
+    from baichuan_sft.evaluate.models import located
 
-    if path is not None and Path(path).is_dir() and not Path(path, RESULTS).is_file():
-        load_config(base_of(path))
+    load_config(base_of(located(path, revision)))
 
 
 def compared(args: Any, tasks: Tasks, out: Path) -> tuple[Path | None, list[tuple[str, dict[str, Any]]]]:

@@ -57,13 +57,15 @@ def write(out: str | Path, points: list[tuple[str, dict[str, Any]]]) -> str:
     """Write curve.md and curve.png, the models in order of their tokens.
 
     Args:
-        points: label and results.json of each model. Where one of them does not say its tokens, all stand in
-            the order given, at equal distances.
+        points: label and results.json of each model. Where one of them does not say its tokens, or some
+            count the vendor's training and some their own run alone, all stand in the order given, at equal
+            distances.
     Returns:
         the table in Markdown.
     """
     found = [(label, tokens_of(label, results["model"]), results) for label, results in points]
-    known = all(tokens is not None for _, tokens, _ in found)
+    own = {_of_run(Path(str(results["model"]["path"]))) is not None for _, _, results in found}
+    known = len(own) == 1 and all(tokens is not None for _, tokens, _ in found)
     if known:
         found.sort(key=lambda point: point[1] or 0)
     rows = [{f"{t['benchmark']} ({t['style']})": t for t in results["tasks"]} for _, _, results in found]

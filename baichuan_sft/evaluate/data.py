@@ -51,7 +51,7 @@ def load(name: str, data_dir: str | Path, settings: Settings) -> Loaded:
         f"{dropped} examples dropped: they are among the questions": dropped,
         f"{len(short)} of {len(found.parts)} subjects have fewer than {wanted} examples": short,
         f"{repeated(found.parts)} questions stand there twice and are asked twice": repeated(found.parts),
-        f"{total:,} of the {benchmark.num_items:,} items": total < benchmark.num_items,
+        f"{total:,} of the {benchmark.num_items:,} items": total + found.left_out < benchmark.num_items,
     }
     subjects = tuple(
         Subject(part.name, part.title or plain(part.name), tuple(part.items), tuple(part.shots or ()))

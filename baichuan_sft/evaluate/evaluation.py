@@ -19,6 +19,7 @@ from baichuan_sft.errors import EnvironmentFault, UserError, first_line
 from baichuan_sft.evaluate import benchmarks, runner
 from baichuan_sft.evaluate.benchmarks import BENCHMARKS, DOMAINS
 from baichuan_sft.evaluate.items import Loaded, Settings
+from baichuan_sft.evaluate.journal import differences
 
 RESULTS = "results.json"
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "lm_eval", "sacrebleu")
@@ -60,6 +61,7 @@ def load_tasks(args: Any) -> Tasks:
         name for word in words if word not in DOMAINS and word != "all" for name in benchmarks.select(word)
     }
     tasks = Tasks({}, [])
+    absent: dict[str, list[str]] = {}  # by where they come from, as seven translations come from one
     for name in benchmarks.select(args.tasks):
         try:
             loaded = data.load(name, args.data_dir, settings)
@@ -67,9 +69,11 @@ def load_tasks(args: Any) -> Tasks:
             tasks.found[name] = data.draw(loaded, args.limit, args.seed) if args.limit else loaded
         except UserError as error:
             if isinstance(error, data.Absent) and name not in named:
-                tasks.absent.append(str(error))
+                absent.setdefault(BENCHMARKS[name].source, []).append(str(error))
             else:
                 tasks.found[name] = error
+    for same in absent.values():
+        tasks.absent.append(", ".join([*(text.split(":")[0] for text in same[:-1]), same[-1]]))
     errors = [first_line(error) for error in tasks.found.values() if isinstance(error, UserError)]
     if len(errors) == len(tasks.found):
         why = (
@@ -92,7 +96,9 @@ def evaluate(target: Target, args: Any, tasks: Tasks, out: Path, before: Path | 
     """Run all tasks on one model; write and print what came out.
 
     Returns:
-        what is in results.json.
+        what is in results.json, and the entries of tasks that ``failed`` where a result was there.
+    Raises:
+        UserError: ``out`` holds results of another run.
     """
     from transformers.utils.logging import disable_progress_bar
 
@@ -115,7 +121,7 @@ def evaluate(target: Target, args: Any, tasks: Tasks, out: Path, before: Path | 
         **dict(format=runner.FORMAT, model=model.facts, settings=settings, versions=versions()),
         **dict(tasks=[], absent=tasks.absent),
     }
-    entries = earlier(out, results)
+    entries, failed = earlier(out, results), []
     todo = [(name, style) for name in tasks.found for style in styles_of(args)]
     for place, (name, style) in enumerate(todo, 1):
         label = f"{target.label} {place}/{len(todo)} {name} ({style})"
@@ -125,14 +131,19 @@ def evaluate(target: Target, args: Any, tasks: Tasks, out: Path, before: Path | 
         old = entries.get((name, style))
         if old and entry["items"] and entry["tokens_per_second"] is None:  # all items were there
             entry |= {key: old[key] for key in old if key.endswith(("seconds", "per_second"))}
-        entries[name, style] = entry
+        if entry["error"] and old and not old["error"]:  # what there is stays
+            failed.append(entry)
+        else:
+            entries[name, style] = entry
         results["tasks"] = [entries[key] for key in sorted(entries, key=order)]
         write(out / RESULTS, results)
     if before:
         results["verdicts"] = compare.verdicts(out, before)
         write(out / RESULTS, results)
     print(report.write(out, results, results.get("verdicts")))
-    return results
+    for entry in failed:
+        print(f"{entry['benchmark']} ({entry['style']}): {entry['error']} The earlier result stays.")
+    return {**results, "failed": failed}
 
 
 def run_task(
@@ -161,15 +172,26 @@ def run_task(
 
 
 def earlier(out: Path, results: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
-    """Entries of results.json that an earlier run left, where it asked the same model in the same way."""
+    """Entries of results.json that an earlier run left.
+
+    Raises:
+        UserError: results of another model, or asked in another way.
+    """
     try:
         found = json.loads((out / RESULTS).read_text(encoding="utf-8"))
-        same = all(found[name] == results[name] for name in ("format", "settings"))
-        if same and found["model"]["fingerprint"] == results["model"]["fingerprint"]:
-            return {(task["benchmark"], task["style"]): task for task in found["tasks"]}
-    except (OSError, ValueError, TypeError, KeyError):  # none, or a foreign one, which is replaced
-        pass
-    return {}
+        tasks = {(task["benchmark"], task["style"]): task for task in found["tasks"]}
+        before = {**found["settings"], "model": found["model"]["fingerprint"], "format": found["format"]}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError, KeyError):
+        raise UserError(f"{out / RESULTS}: cannot be read as results; give another --output_dir.") from None
+    now = {**results["settings"], "model": results["model"]["fingerprint"], "format": results["format"]}
+    if before == now:
+        return tasks
+    if all(task["error"] for task in tasks.values()):
+        return {}
+    other = differences(json.dumps(before).encode(), now)
+    raise UserError(f"{out}: holds results of another run: {other}. Give another --output_dir.")
 
 
 def order(task: tuple[str, str]) -> tuple[int, str]:

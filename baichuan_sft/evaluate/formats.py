@@ -208,10 +208,15 @@ class Part:
 
 @dataclass
 class Found:
-    """What a reader makes of a folder; no parts where none of its files lie there."""
+    """What a reader makes of a folder; no parts where none of its files lie there.
+
+    Attributes:
+        left_out: of the items that ``Benchmark.num_items`` counts.
+    """
 
     parts: list[Part] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    left_out: int = 0
 
 
 def text_of(where: str, record: Mapping[str, Any], *names: str) -> str:

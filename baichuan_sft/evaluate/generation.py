@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from baichuan_sft.errors import NumericalFault
 from baichuan_sft.evaluate.beginnings import SharedBeginning
 from baichuan_sft.evaluate.items import Request
 from baichuan_sft.model.attention_baichuan import alibi_slopes
@@ -76,11 +77,16 @@ def decode(model: Any, rows: list[Row], cache: SharedBeginning, logits: torch.Te
     Args:
         cache: what they hold so far, their own part padded on the left.
         logits: ``(R, V)``, of what comes next.
+    Raises:
+        NumericalFault: they are NaN or infinite.
     """
     while rows:
+        finite = logits.isfinite().all(dim=-1)
         best = logits.argmax(dim=-1).tolist()  # one exchange with a GPU for all
-        for row, *of in zip(rows, logits.float(), best):
+        for row, sound, *of in zip(rows, finite.tolist(), logits.float(), best):
             if not row.done:
+                if not sound:
+                    raise NumericalFault("the model's scores are NaN or infinite; try --dtype bf16, or fp32.")
                 row.take(*of)
         stay = [i for i, row in enumerate(rows) if not row.done]
         if not stay:

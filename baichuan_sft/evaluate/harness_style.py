@@ -20,6 +20,7 @@ from typing import Any
 from baichuan_sft.evaluate.benchmarks import Benchmark, origin
 from baichuan_sft.evaluate.harness_tasks import FAMILIES, Doc, Family, make_task
 from baichuan_sft.evaluate.items import Item, Outcome, Request, Response, Settings, Subject, letter
+from baichuan_sft.evaluate.vendor_style import same_question
 
 SAMPLES_TEMPERATURE = 0.2
 MAX_NEW_TOKENS = 256  # lm-eval's own, where a task names none
@@ -45,7 +46,7 @@ class HarnessPrompter:
 
     def __init__(self, benchmark: Benchmark, subject: Subject, settings: Settings, family: Family):
         self.kind, self.settings, self.family = benchmark.kind, settings, family
-        pool = [(shot.id, _same(shot), family.doc(shot)) for shot in subject.shots]
+        pool = [(shot.id, same_question(shot), family.doc(shot)) for shot in subject.shots]
         self.task, samples, first = make_task(
             family, benchmark, subject, [family.doc(item) for item in subject.items]
         )
@@ -54,13 +55,13 @@ class HarnessPrompter:
                 Item(f"lm-eval/{self.task.task_name}/{i}", doc[family.question], "")
                 for i, doc in enumerate(samples)
             ]
-            pool = [(item.id, _same(item), doc) for item, doc in zip(questions, samples, strict=True)]
+            pool = [(item.id, same_question(item), doc) for item, doc in zip(questions, samples, strict=True)]
         shots = benchmark.shots if settings.shots is None else settings.shots
         self.num_shots = min(shots, len(pool))
         self.shots: dict[str, list[tuple[str, Doc]]] = {}
         known, generator = {same for _, same, _ in pool}, random.Random(settings.seed)
         for item in subject.items:
-            same = _same(item)
+            same = same_question(item)
             allowed = [shot for shot in pool if shot[1] != same] if same in known else pool
             count = min(self.num_shots, len(allowed))
             chosen = allowed[:count] if first else generator.sample(allowed, count)
@@ -129,9 +130,3 @@ class HarnessPrompter:
         passed = [verdict.passed for verdict in verdicts]
         detail = {"passed": passed, "reasons": [verdict.reason for verdict in verdicts]}
         return Outcome(response.texts[0], sum(passed) / len(passed), detail)
-
-
-def _same(item: Item) -> tuple[str, ...]:
-    """Equal for the same question with the same choices and passage, however it is spaced."""
-    texts = (str(item.fields.get("passage") or ""), item.question, *item.choices)
-    return tuple(" ".join(text.split()) for text in texts)

@@ -70,12 +70,20 @@ _TABLES = (
     """,
 )
 SOURCE = "README tables of baichuan-inc/Baichuan2 and baichuan-inc/Baichuan-13B (chat and quantised)"
-# Why a figure of ours is not measured on quite the same items.
+_FLORES = "published: by OpenCompass, on the first 100 sentences, BLEU tokenised by 13a"
+# Why a figure of ours is not measured in quite the same way, or on the same items.
 REMARKS = {
-    "ceval": "published: base models on the test split, whose answers are not public; chat models on val",
+    "ceval": "published: the mean over subjects; base models on the test split, whose answers are not "
+    "public; chat models on val",
     "gaokao": "published: a random split that is not public",
     "agieval": "published: a random split that is not public",
+    "bbh": "published: the mean over tasks, by OpenCompass",
     "jecqa": "published: the single-choice items, of which part of JEC-QA is not said",
+    **{
+        f"flores-{code}": f"{_FLORES}: comparable but for the items"
+        for code in ("en", "fr", "es", "ar", "ru", "de")
+    },
+    "flores-ja": f"{_FLORES}, which takes Japanese for a few long words: not comparable",
 }
 BASES = {
     "baichuan-7b": "Baichuan-7B",
@@ -124,7 +132,9 @@ def name_of(facts: Mapping[str, Any]) -> str | None:
     if variant not in BASES or str(facts.get("revision")).startswith("train_"):
         return None
     parts = re.split(r"[/\\]|--", str(facts.get("path", "")).lower())  # a cache has models--owner--name
-    name = next((_NAMES[part] for part in reversed(parts) if part in _NAMES), BASES[variant])
+    own = BASES[variant].removesuffix("-Base")  # a run may lie below another model
+    names = [_NAMES[part] for part in parts if _NAMES.get(part, "").startswith(own)]
+    name = names[-1] if names else BASES[variant]
     ends = {"nf4": ("-4bits", "-int4"), "int8": ("-int8",)}.get(str(facts.get("quantization")), ())
     return next((name + end for end in ends if name + end in FIGURES), name)
 

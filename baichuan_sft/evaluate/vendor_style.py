@@ -99,7 +99,9 @@ def prompter(benchmark: Benchmark, subject: Subject, settings: Settings) -> Vend
 
 
 def _is_chinese(subject: Subject) -> bool:
-    """Most of its questions; such a subject takes the form of C-Eval, any other one that of MMLU."""
+    """Its title or most of its questions; such a subject takes the form of C-Eval, any other that of MMLU."""
+    if re.search(r"[\u4e00-\u9fff]", subject.title):  # English of the Gaokao is asked like its other subjects
+        return True
     questions = [item.question for item in (*subject.shots, *subject.items)]
     return 2 * sum(bool(re.search(r"[\u4e00-\u9fff]", question)) for question in questions) > len(questions)
 
@@ -117,11 +119,11 @@ class VendorPrompter:
             random.Random(f"{settings.seed}/{subject.name}").shuffle(pool)
         self.pool: dict[tuple[str, ...], Item] = {}
         for shot in (*EXAMPLES.get(benchmark.name, ()), *pool):
-            self.pool.setdefault(_same(shot), shot)
+            self.pool.setdefault(same_question(shot), shot)
         self.num_shots = min(benchmark.shots if settings.shots is None else settings.shots, len(self.pool))
 
     def _shots(self, item: Item, num_shots: int) -> list[Item]:
-        own = _same(item)
+        own = same_question(item)
         shots = list(islice((shot for same, shot in self.pool.items() if same != own), self.num_shots))
         return shots[max(0, len(shots) - num_shots) :]
 
@@ -181,7 +183,7 @@ class VendorPrompter:
         return Outcome(programs[0], sum(passed) / len(passed), detail)
 
 
-def _same(item: Item) -> tuple[str, ...]:
+def same_question(item: Item) -> tuple[str, ...]:
     """Equal for the same question with the same choices and passage, however it is spaced."""
     texts = (str(item.fields.get("passage") or ""), item.question, *item.choices)
     return tuple(" ".join(text.split()) for text in texts)
