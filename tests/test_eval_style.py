@@ -6,6 +6,7 @@ from dataclasses import replace
 from functools import cache
 from importlib import import_module
 
+import datasets
 import pytest
 from fixtures import SHARED
 
@@ -234,6 +235,9 @@ def test_examples_are_shuffled_by_the_seed_where_the_vendor_shuffles():
         return prompter.shot_ids(subject.items[0], prompter.num_shots)
 
     assert order("ceval", 0) == order("ceval", 0) != order("ceval", 1)
+    ids = [shot.id for shot in subjects("ceval")[0].shots]
+    shuffled = datasets.Dataset.from_dict({"id": ids}).shuffle(seed=123)["id"]  # as the vendor's script does
+    assert list(order("ceval", 123)) == list(shuffled)[: len(order("ceval", 123))] != ids
     for name in ("mmlu", "cmmlu", "mbpp", "flores-en"):
         first = [shot.id for shot in subjects(name)[0].shots]
         assert list(order(name, 0)) == list(order(name, 1)) == first[: BENCHMARKS[name].shots]

@@ -1,16 +1,17 @@
 """The vendor's prompts: its own script for C-Eval and what is asked like it, the authors' scripts for MMLU
 and CMMLU, OpenCompass for what is generated, as the README of Baichuan2 says.
 
-The shuffle of examples is seeded. OpenCompass chooses those of Flores by an embedding model; the first ones
-are taken here.
+The shuffle of examples is seeded; of the vendor's two scripts for C-Eval one is, with 123, the other is not.
+OpenCompass chooses those of Flores by an embedding model; the first ones are taken here.
 """
 
 from __future__ import annotations
 
-import random
 import re
 from dataclasses import dataclass
 from itertools import islice
+
+import numpy as np
 
 from baichuan_sft.evaluate import answers
 from baichuan_sft.evaluate.benchmarks import Benchmark, origin
@@ -116,7 +117,8 @@ class VendorPrompter:
         self.benchmark, self.title, self.settings, self.form = benchmark, subject.title, settings, form
         pool = list(subject.shots)
         if form.shuffled:
-            random.Random(f"{settings.seed}/{subject.name}").shuffle(pool)
+            # as datasets' shuffle, so that seed 123 gives the examples of the vendor's seeded script
+            pool = [pool[i] for i in np.random.default_rng(settings.seed).permutation(len(pool))]
         self.pool: dict[tuple[str, ...], Item] = {}
         for shot in (*EXAMPLES.get(benchmark.name, ()), *pool):
             self.pool.setdefault(same_question(shot), shot)
