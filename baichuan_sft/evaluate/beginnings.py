@@ -1,6 +1,6 @@
 """What many prompts begin with: found among their ids, read once, and put before each of them.
 
-B rows, T tokens of a padded row, P tokens of the shared beginning, N heads, H head width.
+B or R rows, T tokens of a padded row, P tokens of the shared beginning, N heads, H head width.
 """
 
 from __future__ import annotations
@@ -9,10 +9,12 @@ from array import array
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import DynamicCache
 
 # A beginning pays only where it is longer than the last one by so many tokens: a pass costs time by itself.
 STEP = 32
+ROOM = 64  # tokens that a row may grow by before it is copied
 
 
 def beginnings(rows: list[array]) -> list[tuple[list[int], int]]:
@@ -80,40 +82,76 @@ class SharedBeginning:
         self.own: list[tuple[torch.Tensor, ...]] = []
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.shared + (self.own[0][0].shape[2] if self.own else 0)
+        return self.shared
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *args: Any) -> Any:
         """What a layer attends to: ``(B, N, P + T, H)`` twice, put together for the moment."""
-        new: tuple[torch.Tensor, ...] = (keys, values)
-        if self.keep and layer_idx < len(self.own):
-            new = self.own[layer_idx] = tuple(torch.cat(x, dim=2) for x in zip(self.own[layer_idx], new))
-        elif self.keep:
-            self.own.append(new)
-        if self.beginning is None:
-            return new
-        layer = self.beginning.layers[layer_idx]
-        old = (layer.keys, layer.values)
-        return tuple(torch.cat((a.expand(len(b), -1, -1, -1), b), dim=2) for a, b in zip(old, new))
+        if self.keep:
+            self.own.append((keys, values))
+        return self._behind(layer_idx, (keys, values))
 
-    def left_padded(self, rows: list[int], lengths: list[int]) -> SharedBeginning:
-        """Of some rows, so that they end together; what stands before them means nothing.
+    def left_padded(self, rows: list[int], lengths: list[int]) -> WrittenRows:
+        """Some rows to write on, so that they end together; what stands before their own part means nothing.
 
-            own    a b c . .   ->  a a a b c
-                   d e f g h       d e f g h
+            own    a b c . .   ->  beginning a a a b c
+                   d e f g h       beginning d e f g h
 
         Args:
             rows: places among the B, some more than once. lengths: of their own part.
         """
-        longest, result = max(lengths), SharedBeginning(self.beginning, self.keep)
-        for layer in self.own:
+        longest, layers = max(lengths), []
+        for number, layer in enumerate(self.own):
             device = layer[0].device
             shift = torch.tensor(lengths, device=device)[:, None] - longest
             index = (torch.arange(longest, device=device) + shift).clamp_min(0)  # (R, longest)
             place = torch.tensor(rows, device=device)[:, None]
-            result.own.append(tuple(x[place, :, index].transpose(1, 2) for x in layer))
-        return result
+            layers.append(self._behind(number, tuple(x[place, :, index].transpose(1, 2) for x in layer)))
+        return WrittenRows(self.shared, layers)
+
+    def _behind(self, layer_idx: int, own: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """The beginning's keys and values, and each row's own behind them."""
+        if self.beginning is None:
+            return own
+        layer = self.beginning.layers[layer_idx]
+        old = (layer.keys, layer.values)
+        return tuple(torch.cat((a.expand(len(b), -1, -1, -1), b), dim=2) for a, b in zip(old, own))
+
+
+class WrittenRows:
+    """Cache of rows that grow token by token, into room kept for it: copying all at each token took most of
+    the time.
+
+    Attributes:
+        shared: P. layers: of each the keys and values, ``(R, N, length + room, H)``.
+        length: of the rows, padding included.
+    """
+
+    is_compileable = False
+
+    def __init__(self, shared: int, layers: list[tuple[torch.Tensor, ...]]):
+        self.shared, self.layers, self.length = shared, layers, layers[0][0].shape[2]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.length
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *args: Any) -> Any:
+        """What a layer attends to: ``(R, N, length + T, H)`` twice, without a copy."""
+        end = self.length + keys.shape[2]
+        if end > self.layers[layer_idx][0].shape[2]:
+            room = (0, 0, 0, ROOM + keys.shape[2])
+            self.layers[layer_idx] = tuple(nn.functional.pad(x, room) for x in self.layers[layer_idx])
+        for x, new in zip(self.layers[layer_idx], (keys, values)):
+            x[:, :, self.length : end] = new
+        whole = tuple(x[:, :, :end] for x in self.layers[layer_idx])
+        if layer_idx == len(self.layers) - 1:
+            self.length = end
+        return whole
 
     def keep_rows(self, rows: list[int], longest: int) -> None:
-        """Drop all but these of left-padded rows, and the padding that they do not need."""
-        index = torch.tensor(rows, device=self.own[0][0].device)
-        self.own = [tuple(x[index, :, -longest:] for x in layer) for layer in self.own]
+        """Drop all but these rows, and the padding that ``longest`` tokens of their own do not need."""
+        device = self.layers[0][0].device
+        own = range(self.length - longest, self.length)
+        index = torch.tensor([*range(self.shared), *own], device=device)
+        place = torch.tensor(rows, device=device)
+        self.layers = [tuple(x[place][:, :, index] for x in layer) for layer in self.layers]
+        self.length = len(index)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from baichuan_sft.errors import NumericalFault
-from baichuan_sft.evaluate.beginnings import SharedBeginning
+from baichuan_sft.evaluate.beginnings import WrittenRows
 from baichuan_sft.evaluate.items import Request
 from baichuan_sft.model.attention_baichuan import alibi_slopes
 from baichuan_sft.model.chat_template_baichuan import EOS_TOKEN_ID, USER_TOKEN_ID
@@ -71,7 +71,7 @@ class Row:
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
-def decode(model: Any, rows: list[Row], cache: SharedBeginning, logits: torch.Tensor) -> None:
+def decode(model: Any, rows: list[Row], cache: WrittenRows, logits: torch.Tensor) -> None:
     """Fill the rows to their ends.
 
     Args:

@@ -22,10 +22,12 @@ from baichuan_sft.evaluate.generation import Row, decode
 from baichuan_sft.evaluate.items import Request, Response
 from baichuan_sft.model.chat_template_baichuan import ASSISTANT_TOKEN_ID, USER_TOKEN_ID
 
-# Computed, or while generating held, at once; of a 13B model in bf16 the keys and values are 6.3 GiB.
+# Computed at once; of a 13B model in bf16 the keys and values are 6.3 GiB.
 BATCH_TOKENS = 8192
 # Keys that one layer puts together for a moment: as many times what is computed.
 KEYS_PER_TOKEN = 16
+# Held of all layers while generating, with the beginning in each row: as many times ``batch_tokens``.
+HELD_PER_TOKEN = 2
 # Positions whose logits exist at a time, 126 MiB at V = 125,696.
 POSITIONS = 256
 
@@ -57,7 +59,8 @@ class Scorer:
     Args:
         model: of the family, in eval mode, or an adapter on one.
         chat: ask as a user in the family's chat format: role ids by number, so that no text can forge one.
-        batch_tokens: computed at once, padding included; while generating, held in the cache.
+        batch_tokens: computed at once, padding included; while generating, held in the cache without what
+            rows share, and half of what is held with it.
         max_length: tokens of a prompt with its answer; None is the model's trained context.
     """
 
@@ -145,7 +148,7 @@ class Scorer:
                 self._shared |= {requests[i]: shared for i in group}
                 sizes = {i: self._size(requests[i], known[i], shared) for i in group}
                 group.sort(key=lambda i: (-sizes[i][1], i))
-                batches += self._cut(group, sizes, shared)
+                batches += self._cut(group, sizes, shared, generated)
         return batches
 
     def _size(self, request: Request, encoded: Encoded, shared: int) -> tuple[int, int]:
@@ -155,15 +158,17 @@ class Scorer:
             return encoded.num_rows, own + encoded.num_more
         return request.samples, own + request.max_new_tokens
 
-    def _most_rows(self, longest: int, shared: int) -> int:
-        keys = KEYS_PER_TOKEN * self.batch_tokens // (shared + longest)
+    def _most_rows(self, longest: int, shared: int, generated: bool) -> int:
+        keys = (HELD_PER_TOKEN if generated else KEYS_PER_TOKEN) * self.batch_tokens // (shared + longest)
         return max(1, min(self.batch_tokens // longest, keys))
 
-    def _cut(self, group: list[int], sizes: dict[int, tuple[int, int]], shared: int) -> Iterator[list[int]]:
+    def _cut(
+        self, group: list[int], sizes: dict[int, tuple[int, int]], shared: int, generated: bool
+    ) -> Iterator[list[int]]:
         batch: list[int] = []
         num_rows = 0
         for i in group:
-            most = self._most_rows(sizes[batch[0] if batch else i][1], shared)
+            most = self._most_rows(sizes[batch[0] if batch else i][1], shared, generated)
             if batch and num_rows + sizes[i][0] > most:
                 yield batch
                 batch, num_rows = [], 0
@@ -251,7 +256,7 @@ class Scorer:
             for i, seed in zip(owner, seeds)
         ]
         longest = max(self._size(*pair, shared)[1] for pair in zip(requests, known))
-        size = self._most_rows(longest, shared)  # the samples of one request may be more
+        size = self._most_rows(longest, shared, True)  # the samples of one request may be more
         for start in range(0, len(rows), size):
             of = owner[start : start + size]
             held = cache.left_padded(of, [len(known[i].prompt) - shared for i in of])
