@@ -19,7 +19,8 @@ deepspeed --num_gpus 2 --master_port $port --log_level error fine-tune/fine-tune
 echo; echo "== 2/3 LoRA on W_pack"
 deepspeed --num_gpus 2 --master_port $port --log_level error fine-tune/fine-tune.py \
     --model_name_or_path "$out/full" --data_path data/belle_persona.json --output_dir "$out/lora" \
-    --num_train_epochs 100 --per_device_train_batch_size 2 --packing False --learning_rate 2e-2 --warmup_steps 0.05 \
+    --num_train_epochs 100 --per_device_train_batch_size 2 --packing False --warmup_steps 0.05 \
+    --learning_rate 2e-2 --max_learning_rate 2e-2 \
     --use_lora True --lora_dropout 0 --deepspeed ds_config.json --save_strategy no --logging_steps 10
 
 echo; echo "== 3/3 the result, through peft's AutoPeftModelForCausalLM"

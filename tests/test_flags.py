@@ -5,6 +5,7 @@ the test that has it.
 """
 
 import re
+import shlex
 import socket
 import time
 
@@ -213,6 +214,41 @@ def test_b21_a_hub_id_is_refused_at_once_and_without_a_network(fails, monkeypatc
 
 def test_an_output_directory_is_needed(fails):
     assert fails(output_dir=None) == (2, "error: --output_dir is missing: where shall the result go?")
+
+
+def test_a_result_never_overwrites_a_model_that_was_not_trained_here(fails, models, tmp_path):
+    base, link = models / "baichuan2-7b", tmp_path / "link"
+    link.symlink_to(base)
+    before = (base / "model.safetensors").read_bytes()
+    for out in (base, link):
+        code, line = fails(output_dir=out)
+        assert code == 2 and "overwrite the base" in line
+    for name in ("model-00001-of-00002.safetensors", "pytorch_model.bin"):
+        other = tmp_path / name[:5]
+        other.mkdir()
+        (other / name).write_bytes(b"weights")
+        code, line = fails(output_dir=other)
+        assert code == 2 and f"holds a model of another origin ({name}, no run.json)" in line
+    (other / "manifest.json").write_text("{}")  # as a run leaves it that is killed while it saves its result
+    checks.require_no_model_lost(str(base), str(other))
+    assert (base / "model.safetensors").read_bytes() == before
+
+
+def test_the_demos_flags_are_accepted(base, tmp_path, monkeypatch):
+    """`make demo` itself takes minutes; no check of flags may refuse what it asks for."""
+    monkeypatch.chdir(ROOT)
+    script = (ROOT / "scripts" / "demo.sh").read_text().replace("\\\n", " ")
+    commands = [line.split("fine-tune.py")[1] for line in script.splitlines() if "fine-tune.py" in line]
+    assert len(commands) == 2
+    for command in commands:
+        words = shlex.split(command)
+        for flag in ("model_name_or_path", "output_dir"):
+            words[words.index(f"--{flag}") + 1] = str(base[flag])
+        parse([*words, "--use_cpu", "True"])
+
+
+def test_a_mistyped_model_leaves_no_output_directory(fails, tmp_path):
+    assert fails(model_name_or_path=tmp_path / "modle")[0] == 2 and not (tmp_path / "out").exists()
 
 
 def test_missing_paths_name_where_was_looked(fails):

@@ -15,6 +15,7 @@ from launching import BIN, environment, flags, free_port
 from baichuan_sft import load_tokenizer
 from baichuan_sft.commit import checkpoints, problems
 from baichuan_sft.model.modeling_baichuan import BaichuanForCausalLM
+from baichuan_sft.train.workers import lost_worker
 
 pytestmark = pytest.mark.slow
 
@@ -204,3 +205,25 @@ def test_an_error_does_not_wait_for_loader_workers():
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment(), cwd=ROOT)
     assert done.returncode == 1
     assert done.stderr.rstrip().endswith("ValueError: the error that ended it")
+
+
+def test_a_worker_killed_with_a_batch_in_its_hands_is_known_from_the_broken_socket(monkeypatch):
+    loader = torch.utils.data.DataLoader(list(torch.eye(64)), num_workers=1, multiprocessing_context="fork")
+    rows = iter(loader)
+    (worker,) = rows._workers
+    next(rows)
+    while rows._data_queue.empty():
+        time.sleep(0.01)
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would be first to tell
+    monkeypatch.setattr(worker, "is_alive", lambda: True)  # as it is for a moment
+    worker.kill()
+    worker.join()
+    with pytest.raises((OSError, EOFError)) as caught:
+        for _ in range(3):
+            next(rows)
+    signal.signal(signal.SIGCHLD, before)
+    assert "DataLoader worker" not in str(caught.value)
+    assert lost_worker(caught.value) == "a DataLoader worker"
+    named = RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+    assert lost_worker(named) == "DataLoader worker (pid 7)"
+    assert lost_worker(OSError("no such disk")) is None

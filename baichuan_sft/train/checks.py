@@ -12,6 +12,7 @@ import torch
 from transformers import SchedulerType
 from transformers.training_args import OptimizerNames
 
+from baichuan_sft.commit import COMMIT, MANIFEST
 from baichuan_sft.errors import EnvironmentFault, UserError, pick
 from baichuan_sft.quantization import require_bitsandbytes
 from baichuan_sft.train import args as tables
@@ -52,6 +53,27 @@ def check_values(values: dict[str, Any], parser: argparse.ArgumentParser) -> Non
     if values["freeze"] and values["use_lora"]:
         raise UserError(
             "--freeze and --use_lora are both given; LoRA freezes all weights of the model already."
+        )
+
+
+def require_no_model_lost(model: str, output_dir: str) -> None:
+    """
+    Raises:
+        UserError: the result would overwrite the base, or a model that this toolkit has not trained.
+    """
+    out = Path(output_dir)
+    if out.exists() and out.samefile(model):
+        raise UserError(
+            f"--output_dir {out} is --model_name_or_path too: the result would overwrite the base; "
+            "choose another directory."
+        )
+    weights = [path.name for kind in ("model*.safetensors", "pytorch_model*.bin") for path in out.glob(kind)]
+    trained = any((out / name).exists() for name in ("run.json", "trainer_log.jsonl"))
+    unfinished = (out / MANIFEST).exists() and not (out / COMMIT).exists()  # a run killed while it saved
+    if weights and not trained and not unfinished:
+        raise UserError(
+            f"--output_dir {out} holds a model of another origin ({weights[0]}, no run.json), which would be "
+            "overwritten; choose another directory."
         )
 
 

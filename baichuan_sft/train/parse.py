@@ -27,6 +27,7 @@ from baichuan_sft.train.checks import (
     check_values,
     check_visible_gpus,
     is_flat,
+    require_no_model_lost,
 )
 from baichuan_sft.train.config_file import ROOT, close_flag, find_file, located, read_config
 from baichuan_sft.train.fused import check_fused, require_fused
@@ -222,15 +223,6 @@ def _resolve_paths(values: dict[str, Any]) -> None:
         if values[flag] is not None:
             words = [word.strip() for word in values[flag].split(",")]
             values[flag] = ",".join(_find_source(flag, word) for word in words)
-    out = values["output_dir"]
-    try:
-        os.makedirs(out, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
-            pass
-    except FileExistsError:
-        raise UserError(f"--output_dir {out} is a file; name a directory.") from None
-    except OSError as error:
-        raise UserError(f"--output_dir {out}: nothing can be written there: {error.strerror}.") from None
     model = values["model_name_or_path"]
     if not os.path.isdir(model) and not (ROOT / model).is_dir():
         raise UserError(
@@ -238,6 +230,16 @@ def _resolve_paths(values: dict[str, Any]) -> None:
             "download the model first, code in it is never run."
         )
     values["model_name_or_path"] = find_file("model_name_or_path", model)
+    out = values["output_dir"]
+    try:
+        require_no_model_lost(values["model_name_or_path"], out)
+        os.makedirs(out, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except FileExistsError:
+        raise UserError(f"--output_dir {out} is a file; name a directory.") from None
+    except OSError as error:
+        raise UserError(f"--output_dir {out}: nothing can be written there: {error.strerror}.") from None
 
 
 def _fit_to_machine(values: dict[str, Any], notices: list[str]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,10 +20,8 @@ from baichuan_sft.train.parse import parse
 from baichuan_sft.train.processes import joined, processes
 from baichuan_sft.train.progress import say
 from baichuan_sft.train.signals import handled
+from baichuan_sft.train.workers import lost_worker
 from baichuan_sft.train.zero import completed, resolve
-
-# What torch says of a loader process that the kernel ended.
-LOST_WORKER = re.compile(r"DataLoader worker \(pid(\(s\))? [\d, ]+\)")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -138,11 +135,11 @@ def fit(trainer: Any, settings: Settings, checkpoint: Path | None) -> None:
         if "DeepSpeed config values" not in str(error):
             raise
         raise UserError(f"{settings.training['deepspeed']}: {' '.join(str(error).split())}") from None
-    except RuntimeError as error:
-        if not (lost := LOST_WORKER.search(str(error))):
+    except (RuntimeError, OSError, EOFError) as error:
+        if not (lost := lost_worker(error)):
             raise
         raise EnvironmentFault(
-            f"{lost[0]} was killed: is the memory full? --dataloader_num_workers 0 needs less."
+            f"{lost} was killed: is the memory full? --dataloader_num_workers 0 needs less."
         ) from None
 
 
