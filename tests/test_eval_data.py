@@ -13,7 +13,7 @@ from benchmark_files import ITEMS, agi, csv_text, jsonl, question, write_benchma
 from fixtures import SHARED
 
 from baichuan_sft.errors import UserError
-from baichuan_sft.evaluate.benchmarks import BENCHMARKS, DOMAINS, origin, select
+from baichuan_sft.evaluate.benchmarks import BENCHMARKS, DOMAINS, asked_as, origin, select
 from baichuan_sft.evaluate.choices import split_choices
 from baichuan_sft.evaluate.data import Absent, draw, load
 from baichuan_sft.evaluate.items import LETTERS, Settings
@@ -309,6 +309,7 @@ def test_select():
         "mbpp",
     ]
     assert select("math") == ["gsm8k", "math"] and select("MATH") == ["math"]
+    assert all(select(asked_as(name)) == [name] for name in BENCHMARKS)
     assert [name for domain in DOMAINS for name in DOMAINS[domain]] == list(BENCHMARKS)
     for tasks, said in (
         ("cmlu", "did you mean 'cmmlu'"),

@@ -104,10 +104,25 @@ def test_a_merged_model(copy, tmp_path):
     assert inspect(tmp_path / "out").kind == "model with an adapter merged in"
 
 
-def test_a_training_checkpoint(copy, tmp_path):
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["train.py", "--local_rank=0", "--model_name_or_path", "b", "--output_dir", "a b"],
+        ["baichuan-sft", "train", "--model_name_or_path", "b", "--resume", "auto", "--output_dir", "a b"],
+        [
+            "t.py",
+            "--model_name_or_path",
+            "b",
+            "--resume=auto",
+            "--output_dir",
+            "a b",
+            "--overwrite_output_dir",
+        ],
+    ],
+)
+def test_a_training_checkpoint(copy, tmp_path, command):
     path = copy("vendor").rename(tmp_path / "checkpoint-40")
     (path / "trainer_state.json").write_text("{}")
-    command = ["train.py", "--local_rank=0", "--model_name_or_path", "b", "--output_dir", "a b"]
     (path / "run.json").write_text(json.dumps({"command": command, "world_size": 8}))
     commit.write_manifest(path, commit.entries_of(path, commit.files_of(path)), step=40)
     commit.commit(path)

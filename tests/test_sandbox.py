@@ -223,7 +223,8 @@ ESCAPES = {
     "knows the host's name": "socket.gethostname() == HOSTNAME",
     "sees the network": "len(socket.if_nameindex()) > 1",
     "holds descriptors": "os.fstat(FD) is not None",
-    "sees installed packages": "bool(glob.glob(os.path.dirname(os.__file__) + '/*-packages/*'))",
+    "sees installed packages": "os.path.exists(PACKAGE)",
+    "sees the interpreter's packages": "len(glob.glob(os.path.dirname(os.__file__) + '/*-packages/*')) > 0",
     "sees the repository": "os.path.exists(REPOSITORY)",
     "uses 4 GiB": "len(__import__('mmap').mmap(-1, 4 << 30)) > 0",
     "makes a file of 50 MB": "open('large', 'wb').write(bytes(50 << 20)) == os.stat('large').st_size",
@@ -232,9 +233,15 @@ ESCAPES = {
 }  # fmt: skip
 
 # on the user, the kernel or the container that the tests run in
-DEPENDS = (
-    "opens vsock,sees the network,lists homes,changes the library,changes a device,reads the session keyring"
-)
+DEPENDS = {
+    "opens vsock",
+    "sees the network",
+    "sees the interpreter's packages",
+    "lists homes",
+    "changes the library",
+    "changes a device",
+    "reads the session keyring",
+}
 
 
 @pytest.fixture(scope="module")
@@ -251,7 +258,7 @@ def host(tmp_path_factory):
     descriptor = os.open(secret, os.O_RDONLY)
     os.set_inheritable(descriptor, True)
     facts = dict(SECRET=str(secret), HOST=os.getpid(), PORT=server.getsockname()[1], NAME=name)
-    facts |= dict(HOSTNAME=socket.gethostname(), FD=descriptor, REPOSITORY=str(ROOT))
+    facts |= dict(HOSTNAME=socket.gethostname(), FD=descriptor, REPOSITORY=str(ROOT), PACKAGE=pytest.__file__)
     yield secret, descriptor, FIND + "".join(f"{key} = {value!r}\n" for key, value in facts.items())
     server.close()
     named.close()

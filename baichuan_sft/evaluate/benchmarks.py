@@ -97,6 +97,11 @@ def origin(benchmark: Benchmark, subject: str) -> Benchmark:
     return BENCHMARKS.get(subject.split("/")[0], benchmark) if benchmark.name == "medical" else benchmark
 
 
+def asked_as(name: str) -> str:
+    """The word in --tasks that means this benchmark alone."""
+    return BENCHMARKS[name].title if name in DOMAINS else name
+
+
 def select(tasks: str) -> list[str]:
     """Names of the benchmarks in a list such as "general,cmmlu", in the tables' order, each once.
 
@@ -108,15 +113,11 @@ def select(tasks: str) -> list[str]:
     titles = {b.title: (b.name,) for b in BENCHMARKS.values()}
     known = {**titles, **{name: (name,) for name in BENCHMARKS}, **DOMAINS, "all": tuple(BENCHMARKS)}
     words = [word.strip() for word in tasks.split(",") if word.strip()]
+    names = f"Known: all; {', '.join(DOMAINS)}; {', '.join(map(asked_as, BENCHMARKS))}."
     for word in words:
         if word not in known:
-            raise UserError(
-                f"unknown task {word!r}{suggest(word, list(known)) or '.'} Known: all; "
-                f"{', '.join(DOMAINS)}; {', '.join(BENCHMARKS)}."
-            )
+            raise UserError(f"unknown task {word!r}{suggest(word, list(known)) or '.'} {names}")
     if not words:
-        raise UserError(
-            f"--tasks {tasks!r} names no task. Known: all; {', '.join(DOMAINS)}; {', '.join(BENCHMARKS)}."
-        )
+        raise UserError(f"--tasks {tasks!r} names no task. {names}")
     chosen = {name for word in words for name in known[word]}
     return [name for name in BENCHMARKS if name in chosen]

@@ -10,7 +10,7 @@ from typing import Any
 from baichuan_sft.arguments import Parser, at_least_1, number
 from baichuan_sft.errors import EnvironmentFault, UserError, first_line
 from baichuan_sft.evaluate import benchmarks, runner
-from baichuan_sft.evaluate.benchmarks import BENCHMARKS, DOMAINS
+from baichuan_sft.evaluate.benchmarks import BENCHMARKS, DOMAINS, asked_as
 from baichuan_sft.evaluate.evaluation import RESULTS, Target, Tasks, evaluate, load_tasks, styles_of
 from baichuan_sft.evaluate.items import Settings
 from baichuan_sft.quantization import add_model_options
@@ -199,6 +199,6 @@ def show_list(data_dir: str | None) -> int:
             except UserError as error:
                 there = first_line(error)
         facts = [benchmark.domain, f"{benchmark.shots} shots", there, f"licence: {benchmark.licence}"]
-        print(f"{name:12} {', '.join(filter(None, facts))}")
+        print(f"{asked_as(name):12} {', '.join(filter(None, facts))}")
         print(f"{'':12} {benchmark.files}  from  {benchmark.source}")
     return 0

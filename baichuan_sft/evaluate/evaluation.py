@@ -80,7 +80,7 @@ def load_tasks(args: Any) -> Tasks:
             "; ".join(errors)
             or f"{args.data_dir} has none of --tasks {args.tasks}, --list says what goes where"
         )
-        raise UserError(f"nothing to ask: {why}.")
+        raise UserError(f"nothing to ask: {why.rstrip('.')}.")
     return tasks
 
 

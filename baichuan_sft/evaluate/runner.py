@@ -22,7 +22,7 @@ from typing import Any
 
 from baichuan_sft import __version__
 from baichuan_sft.errors import EnvironmentFault, NumericalFault, UserError, first_line, pick
-from baichuan_sft.evaluate.items import Item, Loaded, Outcome, Prompter, Request, Response, Settings
+from baichuan_sft.evaluate.items import Item, Loaded, Outcome, Prompter, Request, Response, Settings, Style
 from baichuan_sft.evaluate.journal import Row, append, dumps, opened, sha256
 
 FORMAT = 1
@@ -162,7 +162,7 @@ def ask(
         UserError: none fits.
     """
     module, _, function = pick("style", style, STYLES).partition(":")
-    prompter_of = getattr(importlib.import_module(module), function)
+    prompter_of: Style = getattr(importlib.import_module(module), function)
     questions, num_long = [], 0
     for subject in loaded.subjects:
         prompter = prompter_of(benchmark, subject, settings)

@@ -290,5 +290,15 @@ def _training(path: Path, found: Finding) -> None:
     found.facts["processes"] = (record or {}).get("world_size")
     command = (record or {}).get("command")
     if isinstance(command, list):
-        words = [str(word) for word in command[1:] if not str(word).startswith("--local_rank")]
-        found.command("train", *words, "--resume", path)
+        found.command("train", *_flags(command[1:]), "--resume", path)
+
+
+def _flags(words: list[Any]) -> list[str]:
+    """Of a run's command: without what says where it began, and which rank it was."""
+    said, flags = [str(word) for word in words], []
+    said = said[said[:1] == ["train"] :]
+    for before, word in zip(["", *said], said):
+        name = word.partition("=")[0] if word.startswith("--") else before
+        if name not in ("--local_rank", "--resume", "--resume_from_checkpoint", "--overwrite_output_dir"):
+            flags.append(word)
+    return flags
