@@ -7,6 +7,8 @@ import re
 import signal
 import socket
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from fixtures import ROOT
 from hosts import hosts, needs_hosts, wait_for
 from launching import free_port, run
 
-from baichuan_sft.doctor import command, report
+from baichuan_sft.doctor import command, report, sessions
 from baichuan_sft.doctor.checks import CHECKS, judge
 from baichuan_sft.doctor.facts import BLOCK, WHOLE, fingerprint
 from baichuan_sft.doctor.rounds import World
@@ -301,6 +303,22 @@ def test_wrong_words_are_refused(words, message, tmp_path, monkeypatch):
 
 def doctor(*words):
     return run([sys.executable, "-m", "baichuan_sft.cli", "doctor", *words])
+
+
+def test_a_probe_that_ends_at_once_says_so_at_once(monkeypatch):
+    """Whichever of its readers runs first: each is given the time to end before the next one starts."""
+    start = threading.Thread.start
+
+    def start_and_wait(thread):
+        start(thread)
+        thread.join(0.3)
+
+    monkeypatch.setattr(threading.Thread, "start", start_and_wait)
+    monkeypatch.setattr(sessions, "probe_words", lambda host: ["sh", "-c", "echo no way there >&2"])
+    host = Host("h9", 1, 1)
+    with sessions.sessions([host], lambda host: {}) as opened:
+        assert opened["h9"].next(time.monotonic() + 30) is None
+        assert opened["h9"].ended and list(opened["h9"].said) == ["no way there"]
 
 
 @pytest.mark.slow

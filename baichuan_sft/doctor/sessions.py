@@ -47,8 +47,8 @@ class Session:
         )
         assert self.process.stdin and self.process.stdout and self.process.stderr
         self.input, self.output, self.errors = self.process.stdin, self.process.stdout, self.process.stderr
-        self.readers = [threading.Thread(target=read, daemon=True) for read in (self._answers, self._errors)]
-        for reader in self.readers:
+        self.readers = [threading.Thread(target=read, daemon=True) for read in (self._errors, self._answers)]
+        for reader in self.readers:  # in this order: the second waits for the first
             reader.start()
         with contextlib.suppress(OSError):  # ssh may have failed already, and says why
             self.input.write(json.dumps(ask) + "\n")
@@ -60,7 +60,7 @@ class Session:
                 self.answers.put({**json.loads(line.removeprefix(MARK)), "arrived": time.time()})
             else:
                 self.said.append(line.strip())
-        self.readers[1].join()  # so that what stderr said is there
+        self.readers[0].join()  # so that what stderr said is there
         self.answers.put(None)
 
     def _errors(self) -> None:

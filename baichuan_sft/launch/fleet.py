@@ -14,7 +14,7 @@ import threading
 import time
 from collections import deque
 from dataclasses import dataclass, field
-from typing import IO, Any
+from typing import Any
 
 from baichuan_sft.errors import EnvironmentFault
 from baichuan_sft.hosts import Host, is_local, login_words, module_words
@@ -35,6 +35,16 @@ class Link:
     facts: Message = field(default_factory=dict)
     lost: str = ""  # why there is nobody left to ask
     ended: Message | None = None  # its last word
+    listener: threading.Thread = field(init=False)  # fills ``said``
+
+    def __post_init__(self) -> None:
+        self.listener = threading.Thread(target=self._listen, daemon=True)
+        self.listener.start()
+
+    def _listen(self) -> None:
+        assert self.process.stderr
+        for line in self.process.stderr:
+            self.said.append(line.decode(errors="replace").strip())
 
     @property
     def name(self) -> str:
@@ -143,20 +153,14 @@ def open_link(host: Host, ranks: list[int]) -> Link:
     link = Link(host, process, Wire(os.dup(process.stdout.fileno()), os.dup(process.stdin.fileno())), ranks)
     process.stdin.close()
     process.stdout.close()
-    threading.Thread(target=_listen, args=(process.stderr, link.said), daemon=True).start()
     return link
-
-
-def _listen(source: IO[bytes], said: deque[str]) -> None:
-    for line in source:
-        said.append(line.decode(errors="replace").strip())
 
 
 def farewell(link: Link) -> str:
     """Why a connection ended, and what to do about it."""
     with contextlib.suppress(subprocess.TimeoutExpired):
         link.process.wait(2)
-    time.sleep(0.05)  # for the thread that reads what ssh says
+    link.listener.join(1)  # so that all that ssh said is there
     code, said = link.process.returncode, [line for line in [*link.said, *link.wire.last_unread] if line]
     last = said[-1] if said else ""
     if link.facts:
