@@ -16,7 +16,7 @@ from transformers.utils.logging import disable_progress_bar  # noqa: E402
 from baichuan_sft import BaichuanConfig, BaichuanForCausalLM, load_tokenizer  # noqa: E402
 from baichuan_sft.variants import VARIANTS  # noqa: E402
 
-NANO = dict(hidden_size=128, intermediate_size=344, num_hidden_layers=2, num_attention_heads=4)
+NANO = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4)
 
 
 def main() -> None:

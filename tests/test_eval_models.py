@@ -49,9 +49,10 @@ def test_kinds_and_facts(places):
 
 
 @pytest.mark.parametrize("name", ["int8", "nf4"])
-def test_quantised_it_is_another_model(places, name):
+def test_quantised_it_is_another_model(tmp_path, name):
     pytest.importorskip("bitsandbytes")
-    whole, packed = (open_model(str(places["base"]), device="cpu", quantize=q) for q in (None, name))
+    base = save_base(tmp_path, hidden_size=64, num_attention_heads=8, intermediate_size=128)
+    whole, packed = (open_model(str(base), device="cpu", quantize=q) for q in (None, name))
     assert packed.facts["quantization"] == name
     assert packed.facts["parameters"] == whole.facts["parameters"]
     assert packed.facts["fingerprint"] != whole.facts["fingerprint"]

@@ -152,7 +152,7 @@ def test_training_takes_the_command_and_the_file(nano, tmp_path, capsys, method)
     assert settings.lora.use_lora == (method != "full")
     zero = json.loads(written.read_text())["zero_optimization"]
     assert zero["reduce_bucket_size"] == sum(
-        inputs * outputs for inputs, outputs in [(128, 384), (128, 128), (128, 344), (128, 344), (344, 128)]
+        inputs * outputs for inputs, outputs in [(128, 384), (128, 128), (128, 384), (128, 384), (384, 128)]
     )
     lora = LoraArguments()
     assert (lora.lora_target,) == simulate.LORA_TARGETS

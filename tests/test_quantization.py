@@ -40,9 +40,9 @@ def save(path, arch="baichuan2-7b", **changes):
     torch.manual_seed(0)
     if "7b" in arch:  # conversations of up to 512 tokens, the default
         changes = {"max_position_embeddings": 512, **changes}
-    BaichuanForCausalLM(tiny_config(arch, hidden_size=96, intermediate_size=160, **changes)).save_pretrained(
-        path
-    )
+    BaichuanForCausalLM(
+        tiny_config(arch, num_attention_heads=8, hidden_size=128, intermediate_size=192, **changes)
+    ).save_pretrained(path)
     load_tokenizer(SMALL_VOCABULARY).save_pretrained(path)
     return path
 
@@ -97,9 +97,9 @@ def test_bytes_are_bits_per_weight(nano, name):
     assert weight_bytes(model) == expected_bytes(model.config, name)
     whole = load_model(nano, dtype=torch.bfloat16)
     assert weight_bytes(whole) == expected_bytes(model.config, "bf16") == 2 * whole.num_parameters()
-    linear, numel = model.model.layers[0].self_attn.W_pack, 3 * 96 * 96
+    linear, numel = model.model.layers[0].self_attn.W_pack, 3 * 128 * 128
     tables = 4 * (16 + 256 + 1)
-    by_hand = {"int8": numel + 4 * 3 * 96, "nf4": numel // 2 + numel // 64 + 4 * 2 + tables}  # 432 blocks
+    by_hand = {"int8": numel + 4 * 3 * 128, "nf4": numel // 2 + numel // 64 + 4 * 3 + tables}  # 768 blocks
     assert weight_bytes(linear) == by_hand[name]
     model(torch.arange(8)[None])  # int8's scales move at the first forward
     assert weight_bytes(linear) == by_hand[name]

@@ -28,11 +28,12 @@ pytest.importorskip("bitsandbytes")
 DATA = ROOT / "data" / "belle_chat.json"
 IDS = torch.arange(24)[None] * 50
 NUM = 12
+WIDE = dict(num_attention_heads=8, hidden_size=128, intermediate_size=192)  # rows of whole NF4 blocks
 
 
 def save(path, arch="baichuan2-7b", **changes):
     torch.manual_seed(0)
-    config = tiny_config(arch, hidden_size=96, intermediate_size=160, **changes)
+    config = tiny_config(arch, **{**WIDE, **changes})
     BaichuanForCausalLM(config).save_pretrained(path)
     load_tokenizer(SMALL_VOCABULARY).save_pretrained(path)
     return path
@@ -236,6 +237,41 @@ def test_what_the_first_forward_changes_is_not_what_is_written(nano, tmp_path, m
     assert torch.equal(logits_of(live), logits_of(load_model(tmp_path / "out")))
 
 
+def test_a_forward_leaves_four_bits_as_they_are_on_every_cpu(nano, monkeypatch):
+    """On one with AVX512-BF16, which this one is taken for, bitsandbytes would rewrite them, rounded."""
+    import bitsandbytes.nn.modules as modules
+
+    monkeypatch.setattr(modules, "has_avx512bf16", lambda: True)
+    options = dict(load_in_4bit=True, dtype=torch.float32)
+    for model in (
+        load_model(nano, quantize="nf4"),
+        load_model(nano).quantize(4),
+        BaichuanForCausalLM.from_pretrained(nano, **options),
+        BaichuanForCausalLM.from_pretrained(nano, output_loading_info=True, **options)[0],
+    ):
+        weight = model.model.layers[1].mlp.down_proj.weight
+        before, scales = weight.data.clone(), weight.quant_state.absmax.clone()
+        logits_of(model.eval())
+        assert torch.equal(weight.data, before) and torch.equal(weight.quant_state.absmax, scales)
+        assert weight.quant_state.nested
+
+
+def test_rows_that_are_no_whole_blocks_are_refused(tmp_path):
+    """With AVX-512 bitsandbytes takes the scales of other weights, and says nothing."""
+    base = save(tmp_path / "base", hidden_size=96)
+    message = "rows of 96, no multiple of 64"
+    with pytest.raises(UserError, match=message):
+        load_model(base, quantize="nf4")
+    with pytest.raises(UserError, match=message):
+        quantize.main([str(base), str(tmp_path / "out"), "--to", "nf4"])
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="W_pack: rows of 96 are no multiple of 64"):
+        load_model(base).quantize(4)
+    with pytest.raises(ValueError, match="W_pack: rows of 96 are no multiple of 64"):
+        BaichuanForCausalLM.from_pretrained(base, load_in_4bit=True)
+    assert load_model(base, quantize="int8") and load_model(base).quantize(8)
+
+
 @pytest.mark.parametrize("name", ["meta", "quantum", "cuda:99"])
 def test_a_device_that_is_not_there_is_what_is_blamed(nano, tmp_path, name):
     with pytest.raises(EnvironmentFault, match=f"--device {name}: ") as caught:
@@ -326,12 +362,12 @@ def shorten(suffix):
 
 DAMAGES = [
     ("int8", drop(".SCB"), r"1 tensors missing, e.g. model.layers.0.\S+.SCB"),
-    ("int8", shorten("W_pack.weight"), r"W_pack.weight \(287, 96\), expected \(288, 96\)"),
-    ("int8", shorten("o_proj.SCB"), r"o_proj.SCB \(95,\), expected \(96,\)"),
+    ("int8", shorten("W_pack.weight"), r"W_pack.weight \(383, 128\), expected \(384, 128\)"),
+    ("int8", shorten("o_proj.SCB"), r"o_proj.SCB \(127,\), expected \(128,\)"),
     ("nf4", drop(".absmax"), r"1 tensors missing, e.g. model.layers.0.\S+.weight.absmax"),
-    ("nf4", shorten("W_pack.weight"), r"W_pack.weight \(13823, 1\), expected \(13824, 1\)"),
-    ("nf4", shorten("W_pack.weight.absmax"), r"W_pack.weight.absmax \(431,\), expected \(432,\)"),
-    ("nf4", shorten("W_pack.weight.nested_absmax"), r"nested_absmax \(1,\), expected \(2,\)"),
+    ("nf4", shorten("W_pack.weight"), r"W_pack.weight \(24575, 1\), expected \(24576, 1\)"),
+    ("nf4", shorten("W_pack.weight.absmax"), r"W_pack.weight.absmax \(767,\), expected \(768,\)"),
+    ("nf4", shorten("W_pack.weight.nested_absmax"), r"nested_absmax \(2,\), expected \(3,\)"),
     ("nf4", drop("o_proj.weight.quant_state.bitsandbytes__nf4"), r"missing, e.g. \S+bitsandbytes__nf4"),
 ]
 
@@ -608,6 +644,7 @@ CUT = [
     (dict(nested=nested(1, cut)), "255 codes of scales, expected 256"),
     (dict(nested=nested(2, lambda size: 0)), "division by zero"),
     (dict(shape=lambda shape: torch.Size([4096, 4096])), "weights, expected 8388608"),
+    (dict(shape=lambda shape: torch.Size([2048, 32])), "rows of 32 are no multiple of its blocks of 64"),
     (dict(block=lambda block: 0), "division by zero"),
     (dict(kind=lambda kind: "fp4"), "of type 'fp4', expected 'nf4'"),
 ]

@@ -367,7 +367,7 @@ def place(tmp_path_factory):
     place = tmp_path_factory.mktemp("readme")
     for name in CHECKOUT:
         (place / name).symlink_to(ROOT / name)
-    model = make_nano(place / "Baichuan2-7B-Base", "--hidden_size", 64, "--intermediate_size", 96)
+    model = make_nano(place / "Baichuan2-7B-Base", "--hidden_size", 64, "--intermediate_size", 128)
     base = load_model(model, dtype=torch.bfloat16)  # as the vendor's are stored
     base.generation_config.max_new_tokens = 16  # what knows nothing does not know where to stop either
     base.save_pretrained(model)

@@ -36,7 +36,9 @@ def vendor_directory(path, arch):
     torch.manual_seed(sum(map(ord, arch)))
     vocabulary = VOCABULARIES["baichuan2_like" if "baichuan2" in arch else "baichuan1_like"]
     size = load_tokenizer(vocabulary).vocab_size
-    model = BaichuanForCausalLM(tiny_config(arch, hidden_size=96, vocab_size=size))
+    model = BaichuanForCausalLM(
+        tiny_config(arch, num_attention_heads=8, hidden_size=128, intermediate_size=192, vocab_size=size)
+    )
     state = model.state_dict()
     if arch == "baichuan-7b":
         state |= {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.full((8,), 7.0) for i in range(2)}
@@ -299,7 +301,9 @@ assert not [name for name in sys.modules if name.startswith("baichuan_sft.")]
 def test_a_saved_model_needs_no_package(tmp_path):
     pytest.importorskip("bitsandbytes")
     torch.manual_seed(0)
-    model = BaichuanForCausalLM(tiny_config("baichuan2-13b", hidden_size=96))
+    model = BaichuanForCausalLM(
+        tiny_config("baichuan2-13b", num_attention_heads=8, hidden_size=128, intermediate_size=192)
+    )
     model.save_pretrained(tmp_path / "model")
     tokenizer = load_tokenizer(SMALL_VOCABULARY)
     tokenizer.save_pretrained(tmp_path / "model")

@@ -18,6 +18,7 @@ from baichuan_sft.checkpoint.files import (
 )
 from baichuan_sft.checkpoint.quantised import (
     cast_whole,
+    check_rows,
     check_same_quantization,
     check_settings,
     vendor_quantised,
@@ -243,6 +244,7 @@ def load_model(
         compute = config.dtype if dtype == "auto" else dtype
         options["quantization_config"] = quantization_config(quantize, compute)
     if quantized := stored or quantize:
+        check_rows(base, config, quantized)
         # Each layer is quantised when it reaches its device; moved afterwards, the whole would pass through.
         options["device_map"] = {"": device or "cpu"}
     try:

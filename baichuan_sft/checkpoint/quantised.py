@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from baichuan_sft.errors import UserError
-from baichuan_sft.quantization import stored_quantization
+from baichuan_sft.quantization import BLOCK, stored_quantization
 
 
 def check_settings(path: Path, settings: Any) -> None:
@@ -44,6 +44,21 @@ def check_same_quantization(path: str | Path, stored: str, quantize: str | None)
         raise UserError(
             f"{path}: is quantised already ({stored}); --quantize {quantize} would round it twice. Leave it "
             "out, or take the 16-bit model."
+        )
+
+
+def check_rows(path: str | Path, config: Any, quantization: str) -> None:
+    """
+    Args:
+        quantization: of the model, on disk or once it is loaded.
+    Raises:
+        UserError: a row of a linear is no whole number of NF4 blocks.
+    """
+    widths = [width for width in (config.hidden_size, config.intermediate_size) if width % BLOCK]
+    if widths and quantization != "int8":
+        raise UserError(
+            f"{path}: has linears with rows of {widths[0]}, no multiple of {BLOCK}; in 4 bits bitsandbytes "
+            "computes other numbers from them on CPUs with AVX-512. Take int8, or the 16-bit model."
         )
 
 

@@ -18,6 +18,7 @@ from baichuan_sft.checkpoint import (
     load_tokenizer,
 )
 from baichuan_sft.checkpoint.files import is_adapter, read_json, weight_files
+from baichuan_sft.checkpoint.quantised import check_rows
 from baichuan_sft.data.arguments import add_options
 from baichuan_sft.errors import CheckpointFault, NumericalFault, UserError
 from baichuan_sft.export.writer import GIB, Writer, finish, new_directory
@@ -170,7 +171,8 @@ def check_source(source: Path, to: str) -> Any:
     """Its configuration.
 
     Raises:
-        UserError: an adapter, or quantised already. EnvironmentFault: no bitsandbytes.
+        UserError: an adapter, quantised already, or of a shape that 4 bits do not fit. EnvironmentFault: no
+            bitsandbytes.
     """
     if is_adapter(source):
         raise UserError(
@@ -183,6 +185,7 @@ def check_source(source: Path, to: str) -> Any:
             "model that it was made from."
         )
     require_bitsandbytes(f"--to {to}")
+    check_rows(source, config, to)
     return config
 
 

@@ -83,6 +83,8 @@ def _unpack_nf4(name: str, packed: torch.Tensor, state: list[Any]) -> torch.Tens
             raise ValueError(f"of type {kind!r}, expected 'nf4'")
         offset, outer = None, None
         num_blocks = math.ceil(math.prod(shape) / block)
+        if shape[-1] % block:  # its kernels for AVX-512 take the scales of other weights
+            raise ValueError(f"rows of {shape[-1]} are no multiple of its blocks of {block}")
         packed = _sized(packed, math.ceil(math.prod(shape) / 2), "weights").view(-1, 1)
         absmax, code = _sized(absmax, num_blocks, "scales"), _sized(code, CODE, "codes")
         if nested is not None:

@@ -26,6 +26,27 @@ def bitsandbytes_config(bits: int, dtype: Any = None) -> BitsAndBytesConfig:
     return BitsAndBytesConfig(**BITS[bits], bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=["lm_head"])
 
 
+def compute_as_stored(model: nn.Module) -> None:
+    """Have bitsandbytes give the same numbers from 4-bit weights on every CPU.
+
+    On one with AVX512-BF16 the first forward in eval mode would rewrite them: scales rounded to bf16,
+    products in bf16 whatever the dtype, and no gradient through them ever after. That is switched off.
+
+    Raises:
+        ValueError: rows that are no whole number of blocks, which its AVX-512 kernels read with wrong scales.
+    """
+    for name, module in model.named_modules():
+        if type(getattr(module, "weight", None)).__name__ != "Params4bit":
+            continue
+        linear: Any = module
+        if linear.in_features % linear.weight.blocksize:
+            raise ValueError(
+                f"{name}: rows of {linear.in_features} are no multiple of {linear.weight.blocksize}, so some "
+                "CPUs would compute other numbers from 4 bits; take 8"
+            )
+        linear.support_avx512bf16_for_cpu = False
+
+
 class QuantizeMixin:
     """Adds ``quantize()`` and movable 8-bit weights to a transformers model; stands before its base."""
 
@@ -37,7 +58,8 @@ class QuantizeMixin:
         Returns:
             the model itself, of which ``.cuda()`` may follow.
         Raises:
-            ValueError: neither 8 nor 4 bits, a model that is quantised, or one spread over several devices.
+            ValueError: neither 8 nor 4 bits, a model that is quantised, or one spread over several devices;
+                4 bits for rows that are no multiple of 64.
             ImportError: bitsandbytes is not installed.
         """
         model: Any = self
@@ -63,6 +85,7 @@ class QuantizeMixin:
             module.weight = empty.to(weight.device)
         model.hf_quantizer = quantizer
         quantizer.postprocess_model(model)
+        compute_as_stored(model)
         return model.train(model.training)
 
     @classmethod
@@ -80,7 +103,9 @@ class QuantizeMixin:
         if wanted:
             dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
             kwargs["quantization_config"] = bitsandbytes_config(wanted[0], None if dtype == "auto" else dtype)
-        return super().from_pretrained(*args, **kwargs)  # type: ignore[misc]
+        loaded: Any = super().from_pretrained(*args, **kwargs)  # type: ignore[misc]
+        compute_as_stored(loaded[0] if isinstance(loaded, tuple) else loaded)  # with output_loading_info
+        return loaded
 
     def cuda(self, device: Any = None) -> Any:
         """Onto the GPU, 8-bit models too, which transformers refuses since they could not be moved once."""
