@@ -7,13 +7,17 @@ import io
 import logging
 import os
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable
 
 from baichuan_sft import __version__
 from baichuan_sft.errors import UserError, pick
-from baichuan_sft.train import signals, status
+from baichuan_sft.train import peers, signals, status
+
+# A launcher ends all ranks when the first one ends; so long the one that speaks may take to find the same.
+SPEAKER_SECONDS = 10.0
 
 # name -> (module:function(argv) -> exit code, one line of help)
 COMMANDS = {
@@ -46,6 +50,8 @@ def run(command: Callable[[list[str]], int], argv: list[str]) -> int:
     """Exit code of a command; what the user can repair becomes one line, without a traceback."""
     # DeepSpeed says at every import, in every process, that there is no GPU.
     logging.getLogger("DeepSpeed").addFilter(lambda entry: "accelerator to CPU" not in entry.getMessage())
+    # bitsandbytes does, on some CPUs, of a kernel that it would fetch and that nothing here calls.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     # What torch, transformers and DeepSpeed deprecate in each other is nothing a user can act on.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.|transformers\.")
     rank = os.environ.get("RANK", "0")
@@ -55,7 +61,11 @@ def run(command: Callable[[list[str]], int], argv: list[str]) -> int:
     except UserError as error:
         status.fail(error, error.exit_code)
         # What every rank finds alike is said once: of flags and files on each host, of numbers by rank 0.
-        if {2: os.environ.get("LOCAL_RANK", "0"), 6: rank}.get(error.exit_code, "0") == "0":
+        speaker = {2: os.environ.get("LOCAL_RANK", "0"), 6: rank}.get(error.exit_code, "0") == "0"
+        if not speaker and error.exit_code == 2 and not peers.watched():
+            time.sleep(SPEAKER_SECONDS)  # ended by the launcher, once the one that speaks has ended
+            speaker = True
+        if speaker:
             print(f"{name}: {error}", file=sys.stderr, flush=True)
         return leave(error.exit_code)
     except signals.Interrupted as error:

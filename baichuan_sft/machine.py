@@ -7,6 +7,7 @@ import errno
 import fcntl
 import os
 import platform
+import random
 import re
 import socket
 import struct
@@ -18,6 +19,7 @@ from typing import Any
 
 SIOCGIFADDR = 0x8915  # asks the kernel for an interface's IPv4 address
 REACH_SECONDS = 5.0
+FREE_PORTS = range(20000, 32768)  # above, Linux gives them to whoever connects or listens on port 0
 # Bridges of containers and virtual machines: every host has its own under the same address.
 VIRTUAL = ("docker", "br-", "veth", "virbr", "cni", "flannel", "cali", "podman", "lxc")
 # File systems that several hosts may share; a lock or a cache on one is seen by all, and may not hold.
@@ -117,11 +119,18 @@ def is_this_machine(name: str) -> bool:
 
 
 def listen(port: int) -> socket.socket:
-    """A listening socket on all addresses; port 0: a free one.
+    """A listening socket on all addresses; port 0: a free one, which stays so when this lets go of it.
 
     Raises:
         OSError: the port is in use, or one may not take it.
     """
+    for candidate in [] if port else random.sample(FREE_PORTS, 20):
+        with contextlib.suppress(OSError):
+            return _listen(candidate)
+    return _listen(port)
+
+
+def _listen(port: int) -> socket.socket:
     if socket.has_dualstack_ipv6():
         try:
             return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)

@@ -138,3 +138,11 @@ def cross_entropy(model, records):
         total += torch.nn.functional.cross_entropy(logits, labels, reduction="sum").item()
         count += int((labels != -100).sum())
     return total, count
+
+
+def own_memory() -> int:
+    """Bytes that this process holds and no file backs."""
+    line = next(
+        row for row in Path("/proc/self/status").read_text().splitlines() if row.startswith("RssAnon")
+    )
+    return int(line.split()[1]) << 10

@@ -1,5 +1,7 @@
 """Start training as a user does, in real processes, and read what it left."""
 
+import contextlib
+import itertools
 import json
 import os
 import re
@@ -10,6 +12,7 @@ from pathlib import Path
 
 from fixtures import ROOT
 
+_ports = itertools.cycle((os.getpid() + i) % 1000 for i in range(1000))
 BIN = Path(sys.executable).parent
 NANO = ROOT / "scripts" / "make_nano.py"
 
@@ -21,9 +24,15 @@ def environment() -> dict[str, str]:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port that stays free until it is used, seconds later: other tests' sockets are given those from 32768
+    on, and each test process has a thousand of its own."""
+    number = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 12
+    for port in _ports:
+        port += 20000 + 1000 * number
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return port
+    raise AssertionError
 
 
 def run(command, cwd=ROOT, timeout=600, **env) -> subprocess.CompletedProcess:

@@ -168,7 +168,7 @@ def test_closing_the_stream_stops_generation():
     stream = model.chat(TOKENIZER, HELLO, stream=True)
     next(stream)
     stream.close()
-    assert threading.active_count() == threads
+    assert threading.active_count() <= threads
     assert model.steps < 1000
 
 

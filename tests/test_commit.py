@@ -205,7 +205,7 @@ def test_no_whole_checkpoint(tmp_path):
 DAY = 86400
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     keep=st.integers(1, 4),
     saves=st.lists(

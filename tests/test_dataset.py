@@ -212,7 +212,7 @@ def files(draw):
     return draw(st.lists(good | bad, min_size=1, max_size=8))
 
 
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     records=files(),
     max_length=st.integers(4, 30),

@@ -1,5 +1,6 @@
 """`baichuan-sft launch` on this machine, with a rank that is a few lines of Python."""
 
+import contextlib
 import json
 import os
 import re
@@ -55,10 +56,14 @@ if what == "echo":
     sys.exit(6)
 if what == "killed" and rank == last: os.kill(os.getpid(), signal.SIGKILL)
 if what == "once":
-    if not os.path.exists(sys.argv[2]):
+    first = not os.path.exists(sys.argv[2])
+    if rank == last and first:
+        while not os.path.exists(sys.argv[2] + "-0"): time.sleep(0.01)
+        time.sleep(0.5)  # until what rank 0 has printed is read
         open(sys.argv[2], "w").close()
         raise OSError("the first time")
-    sys.exit(0)
+    open(sys.argv[2] + "-" + str(rank), "w").close()
+    wait() if first else sys.exit(0)
 if what == "always": raise OSError("each time")
 if what == "save":
     def save(*_):
@@ -106,6 +111,11 @@ def until(process, text) -> str:
     raise AssertionError(f"ended before {text!r}: {said}")
 
 
+def until_all_ready(process, tmp_path):
+    until(process, "ready")
+    wait_for("rank 1", lambda: "ready" in (tmp_path / "logs" / "rank-1.log").read_text())
+
+
 def alive(worker) -> list[int]:
     """Processes that have this test's worker in their command line."""
     return [pid for pid in machine.processes() if str(worker) in machine.command_line(pid)]
@@ -142,7 +152,14 @@ def test_a_failure_ends_all_ranks_and_is_told_once(worker, tmp_path):
 
 
 def sleeping() -> set[int]:
-    return {pid for pid in machine.processes() if machine.command_line(pid) == "sleep 600"}
+    """Those of this machine alone: other tests have hosts, with processes of their own."""
+    here = os.readlink("/proc/self/ns/pid")
+    found = set()
+    for pid in machine.processes():
+        with contextlib.suppress(OSError):
+            if machine.command_line(pid) == "sleep 600" and os.readlink(f"/proc/{pid}/ns/pid") == here:
+                found.add(pid)
+    return found
 
 
 def test_the_rank_that_knows_the_cause_is_named(worker, tmp_path):
@@ -207,8 +224,7 @@ def test_a_frozen_launcher_is_not_waited_for(worker, tmp_path):
 )
 def test_the_first_signal_lets_the_ranks_save(number, expected, worker, tmp_path):
     process = start(tmp_path, worker, "save")
-    until(process, "ready")
-    time.sleep(0.3)  # rank 1 may be a little later
+    until_all_ready(process, tmp_path)
     process.send_signal(number)
     output, _ = process.communicate(timeout=30)
     assert process.returncode == expected
@@ -219,8 +235,7 @@ def test_the_first_signal_lets_the_ranks_save(number, expected, worker, tmp_path
 
 def test_the_second_interrupt_ends_at_once(worker, tmp_path):
     process = start(tmp_path, worker, "stubborn")
-    until(process, "ready")
-    time.sleep(0.3)
+    until_all_ready(process, tmp_path)
     process.send_signal(signal.SIGINT)
     until(process, "the ranks finish")
     process.send_signal(signal.SIGINT)
@@ -272,6 +287,13 @@ def test_a_port_in_use_is_named_with_its_process(worker, tmp_path):
     assert code == 3
     assert f"port {port}: Address already in use, by process {os.getpid()} (" in output
     assert "Traceback" not in output
+
+
+def test_a_port_that_is_found_is_not_given_to_others_by_chance():
+    """The ranks take it seconds later."""
+    for _ in range(20):
+        with machine.listen(0) as found:
+            assert found.getsockname()[1] in machine.FREE_PORTS
 
 
 def test_a_listener_is_known_by_its_word():

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fixtures import own_memory
 from safetensors.torch import load_file, save_file
 from test_checkpoint import edit_json, logits_of, save_adapter, save_base
 
@@ -278,14 +279,6 @@ def test_a_directory_with_something_in_it_is_left_alone(tmp_path):
 # --- memory -----------------------------------------------------------------------------------------
 
 MIB = 1 << 20
-
-
-def own_memory() -> int:
-    """Bytes that this process holds and no file backs."""
-    line = next(
-        row for row in Path("/proc/self/status").read_text().splitlines() if row.startswith("RssAnon")
-    )
-    return int(line.split()[1]) << 10
 
 
 @pytest.mark.slow

@@ -40,7 +40,7 @@ def problems(draw):
 
 
 @given(problems(), st.integers(0, 3), st.sampled_from([None, 1, 2, 7, 1000]))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_every_segment_is_in_one_row_and_no_row_is_too_long(problem, seed, window):
     lengths, capacity = problem
     rows = plan(lengths, capacity, seed=seed, window=window)

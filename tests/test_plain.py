@@ -103,7 +103,7 @@ records = st.fixed_dictionaries(
 )
 
 
-@settings(deadline=None, max_examples=500)
+@settings(max_examples=500)
 @given(records, st.booleans(), st.sampled_from([None, (",", ":"), (" , ", " : ")]))
 def test_both_ways_agree(raw, ascii_only, separators):
     assert_agree(json.dumps(raw, ensure_ascii=ascii_only, separators=separators).encode())

@@ -219,7 +219,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(value=JSON, spaced=st.sampled_from([(", ", ": "), (",", ":"), (" ,", " :\n")]))
 def test_decode_is_json_loads(value, spaced):
     for ascii_only in (True, False):
@@ -295,7 +295,7 @@ BYTES = st.integers(0, 255) | st.sampled_from(list(b'"\\[]{},:\n \xff'))
 EDITS = st.tuples(st.integers(0, 10**6), st.sampled_from(["flip", "cut", "insert"]), BYTES)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(edits=st.lists(EDITS, min_size=1, max_size=4), indent=st.sampled_from([None, 1]))
 def test_a_damaged_array_never_raises(tmp_path_factory, edits, indent):
     text = json.dumps([CHAT] * 4, ensure_ascii=False, indent=indent)
@@ -308,7 +308,7 @@ def test_a_damaged_array_never_raises(tmp_path_factory, edits, indent):
         assert findings
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(edits=st.lists(EDITS, min_size=1, max_size=3))
 def test_a_damaged_line_costs_no_other_line(tmp_path_factory, edits):
     text = "".join(json.dumps(dict(CHAT, id=n), ensure_ascii=False) + "\n" for n in range(9))

@@ -561,7 +561,7 @@ def test_e11_large_headers(url, address):
 
 
 def test_e11_slow_heads_and_bodies(address, monkeypatch):
-    monkeypatch.setattr(server_gate, "READ_SECONDS", 0.3)
+    monkeypatch.setattr(server_gate, "READ_SECONDS", 1.0)
     assert raw(address, b"") == b""  # the server closes what says nothing
     assert raw(address, b"POST / HTTP/1.1\r\nHost: 127") == b""
     assert status(raw(address, head("Content-Length: 10") + b"{")) == 408

@@ -159,7 +159,7 @@ texts = st.text(
 ) | st.sampled_from(["</s>", "<reserved_106>", "a<reserved_107>b", "<unk><s>", ""])
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(
     system=st.none() | texts, pairs=st.lists(st.tuples(texts, texts, st.booleans()), min_size=1, max_size=4)
 )

@@ -8,6 +8,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 from fixtures import ROOT, SMALL_VOCABULARY, tiny_config
 
 from baichuan_sft.checkpoint import load_tokenizer
@@ -341,6 +342,7 @@ def test_wrong_settings_change_nothing(talk, words, message):
 
 
 def test_a_seed_makes_the_next_answers_repeatable(monkeypatch, capsys):
+    torch.manual_seed(0)
     model = BaichuanForCausalLM(tiny_config("baichuan2-7b")).eval()
     options = {"max_new_tokens": 8, "do_sample": True, "temperature": 2.0}
     chat = Conversation(model, load_tokenizer(SMALL_VOCABULARY), options)

@@ -128,6 +128,14 @@ def test_the_reason_of_a_failed_rank_is_told(ranks):
     assert codes == [5, 5] and "rank 2: KeyError: 'x'" in errors
 
 
+def test_an_error_that_was_said_is_not_said_again(ranks):
+    """Local rank 0 has said its own, and the others are of its host."""
+    ranks.since = time.monotonic()
+    ranks.say(0, "fail")
+    codes, errors = ranks.ends(1, 2, within=10)
+    assert (codes, errors) == ([5, 5], "")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_stopped_rank_is_killed_and_the_others_end(ranks, rank):
@@ -184,18 +192,26 @@ def test_ending_earlier_than_the_others_is_no_failure(ranks):
 @pytest.mark.slow
 def test_a_missing_rank_is_named(tmp_path):
     """Two of three come: both say who is missing, and who is there."""
-    program = "from baichuan_sft.train import rendezvous\nrendezvous.arrive(2.0)"
+    program = "import torch.distributed\nfrom baichuan_sft.train import rendezvous\n"
+    program += "print('imported', flush=True)\ninput()\nrendezvous.arrive(2.0)"  # the clock starts together
     env = {**os.environ, "PYTHONPATH": str(ROOT), "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1"}
     env["MASTER_PORT"] = str(free_port())
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", program],
             env={**env, "RANK": rank, "LOCAL_RANK": rank},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
         for rank in ("0", "1")
     ]
+    for process in processes:
+        assert process.stdout.readline() == "imported\n"
+    for process in processes:
+        process.stdin.write("\n")
+        process.stdin.flush()
     host = os.uname().nodename
     for process in processes:
         error = process.communicate(timeout=60)[1]

@@ -89,13 +89,16 @@ class Agent:
         found = {address: machine.interface_of(one["own"]) for address, one in answers if "own" in one}
         self.event("reached", found=found, resolved=resolved)
 
+    def do_release(self) -> None:
+        """Let go of the port: another launcher starts the ranks."""
+        self._let_go()
+        self.event("released")
+
     def do_start(
         self, command: list[str], environment: dict[str, str], ranks: list[int], log_dir: str
     ) -> None:
         """Start one process per rank, from this thread: PDEATHSIG looks at the thread that forked."""
-        for connection in [*self.visitors, *([self.listener] if self.listener else [])]:
-            connection.close()
-        self.visitors, self.listener = [], None
+        self._let_go()
         share = max(1, (os.cpu_count() or 1) // len(ranks))
         environment = {"OMP_NUM_THREADS": str(share), **os.environ, **environment}
         environment |= ops_cache.variables(environment)
@@ -134,6 +137,11 @@ class Agent:
         self.over = True
 
     # --- what happens here ------------------------------------------------------------------------
+
+    def _let_go(self) -> None:
+        for connection in [*self.visitors, *([self.listener] if self.listener else [])]:
+            connection.close()
+        self.visitors, self.listener = [], None
 
     def _greet(self) -> None:
         """Say the nonce. The visitor closes first: a port in TIME_WAIT would be on its side."""

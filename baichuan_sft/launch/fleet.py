@@ -121,12 +121,18 @@ class Fleet:
     def hello(self, files: list[str]) -> None:
         self.ask("hello", run_id=self.run_id, silence=self.silence, files=files)
 
-    def end(self, seconds: float) -> None:
-        """Ask every agent to end its ranks and itself; one that does not answer ends by its own clock."""
+    def end(self, seconds: float) -> list[tuple[Link, Message]]:
+        """Ask every agent to end its ranks and itself; one that does not answer ends by its own clock.
+
+        Returns:
+            what they said until then.
+        """
         self.ask("end")
+        found = []
         limit = time.monotonic() + seconds
         while time.monotonic() < limit and any(not link.lost and link.ended is None for link in self.links):
-            self.turn()
+            found += self.turn()
+        return found
 
     def close(self) -> None:
         for link in self.links:

@@ -15,7 +15,7 @@ from baichuan_sft.errors import EnvironmentFault, UserError
 from baichuan_sft.hosts import SSH_OPTIONS
 from baichuan_sft.launch import screen
 from baichuan_sft.launch.fleet import Fleet
-from baichuan_sft.launch.meeting import meet
+from baichuan_sft.launch.meeting import ANSWER_SECONDS, meet
 from baichuan_sft.launch.ranks import MARK
 from baichuan_sft.launch.supervise import END_SECONDS, Job, Stop
 
@@ -38,8 +38,12 @@ def launch(job: Job, *, dry_run: bool, stop: Stop) -> int:
         return 0
     if not shutil.which("pdsh"):
         raise EnvironmentFault("there is no pdsh on this machine; install it, or use --mode ssh.")
+    import deepspeed.launcher.runner  # noqa: F401  takes seconds, in which no agent would hear a beat
+
     with closing(Fleet(job.hosts, job.silence)) as fleet:
         meeting = meet(fleet, job.files, job.address, job.port)
+        fleet.ask("release")
+        fleet.gather("released", ANSWER_SECONDS)
         extra = {MARK: fleet.run_id, "BAICHUAN_SFT_WORLD": meeting.world}
         shared = set(meeting.interfaces.values())
         if len(shared) == 1 and "GLOO_SOCKET_IFNAME" not in job.environment:  # one line of exports serves all

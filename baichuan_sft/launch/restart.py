@@ -13,7 +13,7 @@ from baichuan_sft.launch.outcome import Failure
 from baichuan_sft.launch.supervise import Job, Stop, attempt
 
 DETERMINISTIC = {2, 3, 4, 6}  # flags, the machine, a checkpoint, numbers: they fail again
-PROBE_SECONDS = 5.0
+PROBE_SECONDS = 15.0  # all answer at once but for those that are lost; ssh's own limit
 
 
 def run_with_restarts(job: Job, max_restarts: int, stop: Stop) -> int:
@@ -52,7 +52,7 @@ def why_not(failure: Failure, seen: list[Failure], max_restarts: int) -> str:
 
 
 def hosts_left(job: Job) -> list[Host]:
-    """The hosts that answer within 5 s, in their order; a lost one may be back."""
+    """The hosts that answer in time, in their order; a lost one may be back."""
     with closing(Fleet(job.hosts, job.silence)) as fleet:
         fleet.hello([])
         answers = fleet.answers("hello", PROBE_SECONDS, fleet.links)

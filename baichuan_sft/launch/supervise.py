@@ -15,7 +15,7 @@ from baichuan_sft.launch.outcome import LOST, SAVED, Failure, RankState, exit_te
 from baichuan_sft.launch.wire import Message
 
 START_SECONDS = 120.0  # imports from a slow shared disk
-ECHO_SECONDS = 3.0  # how long the rank that another one misses has to say why
+ECHO_SECONDS = 5.0  # how long the rank that another one misses has to say why
 END_SECONDS = 8.0  # until all is gone; 10 s are promised
 SLACK = 10.0  # the ranks' own time limits come first, since they know more
 
@@ -244,11 +244,11 @@ class Watch:
     def end(self) -> tuple[int, Failure | None]:
         if self.stop.again:
             screen.note("ending all ranks at once")
-        self.fleet.end(END_SECONDS)
-        for _ in range(3):  # what was said before the end
-            for link, message in self.fleet.turn(0.02):
-                if message["event"] == "out":
-                    self.take(link, message)
+        for link, message in self.fleet.end(END_SECONDS):  # what was said before the end
+            if message["event"] == "out":
+                self.take(link, message)
+            elif message["event"] == "exit":
+                self.states[message["rank"]].code = message["code"]
         self.summary()
         if self.failures and not self.stop.again:
             failure = self.first()

@@ -14,6 +14,7 @@ from baichuan_sft.errors import EnvironmentFault, PeerFault, UserError, first_li
 
 CONNECT_SECONDS = 60.0  # for what takes milliseconds where ranks reach each other
 CHECK_SECONDS = 2.0
+READ_SECONDS = 10.0  # a rank that has arrived has so long to read that others are missing
 
 
 def world_size() -> int:
@@ -64,16 +65,21 @@ def arrive(seconds: float) -> Any:
         while store.add("arrived", 0) < size and time.monotonic() < until:
             time.sleep(0.1)
         store.set("verdict", _verdict(store, size, seconds, address))
-    while not store.check(["verdict"]):
-        if time.monotonic() > until + CONNECT_SECONDS:
-            raise PeerFault(f"rendezvous: rank 0 says nothing since {seconds + CONNECT_SECONDS:g} s")
-        time.sleep(0.1)
-    verdict = json.loads(store.get("verdict"))
+    try:
+        while not store.check(["verdict"]):
+            if time.monotonic() > until + CONNECT_SECONDS:
+                raise PeerFault(f"rendezvous: rank 0 says nothing since {seconds + CONNECT_SECONDS:g} s")
+            time.sleep(0.1)
+        verdict = json.loads(store.get("verdict"))
+    except RuntimeError:  # the store went with rank 0
+        raise PeerFault("rendezvous: rank 0 ended before all had come; its own error says why") from None
     if "missing" in verdict:
-        fault = PeerFault(verdict["missing"])
-        if rank == 0 and serves:
-            time.sleep(CHECK_SECONDS)  # the others read the verdict from this process
-        raise fault
+        num_read = store.add("read", 1)
+        end = time.monotonic() + READ_SECONDS  # the others read it from this process
+        while serves and num_read < store.add("arrived", 0) and time.monotonic() < end:
+            time.sleep(0.1)
+            num_read = store.add("read", 0)
+        raise PeerFault(verdict["missing"])
     if rank == 0:
         print(verdict["world"], flush=True)
     return store

@@ -21,6 +21,7 @@ EXIT_CODES = {signal.SIGTERM: 143, signal.SIGHUP: 143, signal.SIGINT: 130}
 # Seconds: Ctrl-C reaches every process, and then launchers pass it on, as the same signal or another.
 SAME_EVENT = {signal.SIGTERM: 3.0, signal.SIGHUP: 3.0, signal.SIGINT: 1.0}
 GRACE = 5.0  # seconds from a signal to the end of a process that has nothing to save but does not react
+NOTHING_TO_SAVE = "{}: ended before the first update, there is nothing to save"
 
 _training = False
 _first: signal.Signals | None = None
@@ -117,8 +118,14 @@ def _handle(signum: int, frame: Any) -> None:
     if _first is None:
         _first = signal.Signals(signum)
         if not _training:
-            text = f"{_first.name}: ended before the first update, there is nothing to save"
-            raise Interrupted(text, EXIT_CODES[_first])
+            raise Interrupted(NOTHING_TO_SAVE.format(_first.name), EXIT_CODES[_first])
+
+
+def _end_idle(signum: signal.Signals) -> None:
+    """Where a call into C has kept Python's handler from running all the while."""
+    if _first is None:
+        print(NOTHING_TO_SAVE.format(signum.name), file=sys.stderr, flush=True)
+    end_process(EXIT_CODES[signum])
 
 
 def _listen(receiver: socket.socket) -> None:
@@ -131,7 +138,7 @@ def _listen(receiver: socket.socket) -> None:
         if not first:
             first, since = signum, now
             if not _training:
-                timer = threading.Timer(GRACE, end_process, (EXIT_CODES[signal.Signals(signum)],))
+                timer = threading.Timer(GRACE, _end_idle, (signal.Signals(signum),))
                 timer.daemon = True
                 timer.start()
         elif now - since > SAME_EVENT[signal.Signals(signum)]:

@@ -18,10 +18,11 @@ import socket
 import sys
 import time
 
-BEAT = 2.0  # seconds between two beats
+BEAT = 2.0  # seconds between two beats; four in the limit where that is short
 TICK = 0.5  # seconds between two looks at the rank
 JOIN = 60.0  # seconds more than the limit for the first beat: interpreters that start from a slow disk
-JUMP = 5.0  # a tick that took so much longer: this process or machine was suspended, so nobody is late
+JUMP = 5.0  # a tick that took so much longer: this process or machine was suspended, so nobody is late; half
+# the limit where that is less
 REACTION = 4.0  # seconds a rank has to end by itself after a verdict
 
 
@@ -55,6 +56,7 @@ def describe(facts, what):
 class Watch:
     def __init__(self, own, limit, size, hub):
         self.own, self.limit, self.parent = own, limit, os.getppid()
+        self.beat, self.jump = min(BEAT, limit / 4), min(JUMP, limit / 2)
         self.state, self.error, self.buffer = "run", "", b""
         now = time.monotonic()
         self.fine = self.begun = now  # when this rank was last seen running, and when the watch began
@@ -72,8 +74,11 @@ class Watch:
     def look_at_rank(self):
         if os.getppid() != self.parent:
             return "gone"
-        with open(f"/proc/{self.parent}/stat") as stat:
-            return "stopped" if stat.read().rpartition(")")[2].split()[0] == "T" else "run"
+        try:
+            with open(f"/proc/{self.parent}/stat") as stat:
+                return "stopped" if stat.read().rpartition(")")[2].split()[0] == "T" else "run"
+        except OSError:  # gone since
+            return "gone"
 
     def read_rank(self):
         data = os.read(0, 65536)
@@ -97,9 +102,9 @@ class Watch:
                 return message
             peer.facts = message
             self.absent.discard(message["rank"])
-        if messages is None and peer.facts:
+        if messages is None:
             self.peers.remove(peer)
-            if peer.facts["state"] != "bye":
+            if peer.facts and peer.facts["state"] != "bye":
                 return {"verdict": describe(peer.facts, "its host closed the connection"), "of": peer.facts}
         return None
 
@@ -121,7 +126,7 @@ class Watch:
                 return peer.facts, f"stopped (SIGSTOP) for {self.limit:g} s"
         self.fine = now if self.state != "stopped" or everyone_stopped else self.fine
         if self.state == "gone":
-            return self.own, self.error or "its process is gone"
+            return {**self.own, "error": self.error}, self.error or "its process is gone"
         if self.server and now - self.fine > self.limit:
             return self.own, f"stopped (SIGSTOP) for {self.limit:g} s"
         return None
@@ -133,7 +138,7 @@ class Watch:
             socks = [peer.sock for peer in self.peers] + ([self.server] if self.server else [])
             ready = select_ready(inputs + [sock.fileno() for sock in socks])
             now = time.monotonic()
-            if now - last > TICK + JUMP:
+            if now - last > TICK + self.jump:
                 self.fine = self.begun = now
                 for peer in self.peers:
                     peer.fine = peer.heard = now
@@ -150,7 +155,7 @@ class Watch:
             verdict = next((message for message in told if message), None)
             if verdict is None and (found := self.judge(now)):
                 verdict = {"verdict": describe(*found), "of": found[0]}
-            if now - beaten > BEAT or self.state == "bye":
+            if now - beaten > self.beat or self.state == "bye":
                 beaten = now
                 for peer in self.peers:
                     peer.say({**self.own, "state": self.state, "error": self.error})
@@ -180,7 +185,10 @@ def select_ready(files):
 def end_rank(own, parent, verdict):
     """Tell the rank, which ends itself, one per host with a line; and kill it where it does not."""
     of = verdict["of"]
-    speaks = own["local_rank"] == (1 if of["host"] == own["host"] and of["local_rank"] == 0 else 0)
+    speaker = 0
+    if of["host"] == own["host"] and of["local_rank"] == 0:
+        speaker = -1 if of.get("error") else 1  # that one has said its error itself
+    speaks = own["local_rank"] == speaker
     with contextlib.suppress(OSError):
         os.write(1, f"{'say' if speaks else 'end'} {verdict['verdict']}\n".encode())
     until = time.monotonic() + REACTION
