@@ -4,10 +4,11 @@ import asyncio
 import json
 import os
 import random
+import time
 
 import pytest
 from fixtures import HOSTILE, own_memory
-from serving import QUESTION, engine_of, make_models
+from serving import QUESTION, engine_of, make_models, wait_for
 
 from baichuan_sft.infer.server_app import build_app
 from baichuan_sft.infer.server_gate import Limits
@@ -62,6 +63,7 @@ async def call(app, path, body, headers=(), leaves=False, method="POST"):
     async def send(message):
         answer["status"] = message.get("status", answer["status"])
         answer["body"] += message.get("body", b"")
+        await asyncio.sleep(0)  # as a socket may: who has gone is seen before the first event is made
 
     fixed = {"host": "127.0.0.1", "content-type": "application/json", **dict(headers)}
     scope = {
@@ -87,6 +89,25 @@ def check(status, content, *, leaves=False):
         assert content.endswith(b"data: [DONE]\n\n") and b'"error"' not in content
     else:
         assert json.loads(content)["choices"]
+
+
+def test_a_client_that_goes_before_the_first_event_ends_its_answer(server, monkeypatch):
+    loop, app, engine = server
+    step = type(engine)._step
+
+    def slow(self, name):
+        time.sleep(0.05)
+        step(self, name)
+
+    monkeypatch.setattr(type(engine), "_step", slow)
+    before, generated = engine.counts["cancelled"], engine.counts["generated_tokens"]
+    body = {"model": "base", "prompt": "a", "max_tokens": 25, "temperature": 2, "stream": True}
+    status, content = loop.run_until_complete(
+        call(app, "/v1/completions", json.dumps(body).encode(), leaves=True)
+    )
+    assert (status, content) == (200, b"")
+    wait_for(lambda: engine.counts["cancelled"] == before + 1, 20)
+    assert engine.counts["generated_tokens"] < generated + 25
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -236,7 +236,7 @@ async def answer(engine: Engine, body: Request, http: HttpRequest, shape: Shape,
     if body.stream:
         usage = body.stream_options is not None and body.stream_options.include_usage
         events = shape.stream(fixed, whole, jobs, usage)
-        return StreamingResponse(_ended(events, jobs), media_type="text/event-stream")
+        return EventStream(events, jobs)
     watcher = asyncio.create_task(_cancel_when_gone(http, jobs, pieces))
     try:
         return JSONResponse(shape.whole(fixed, [piece async for piece in whole], jobs))
@@ -259,16 +259,27 @@ async def _until_finished(pieces: asyncio.Queue[Piece | Refusal], jobs: list[Job
         yield piece
 
 
-async def _ended(events: AsyncIterator[Any], jobs: list[Job]) -> AsyncIterator[bytes]:
-    """Server-sent events; closed, as a client's going does, it ends the jobs."""
+class EventStream(StreamingResponse):
+    """Server-sent events; the jobs end with it, even where the client goes before the first one."""
+
+    def __init__(self, events: AsyncIterator[Any], jobs: list[Job]) -> None:
+        super().__init__(_lines(events), media_type="text/event-stream")
+        self.jobs = jobs
+
+    async def __call__(self, *channel: Any) -> None:
+        try:
+            await super().__call__(*channel)
+        finally:
+            _cancel(self.jobs)
+
+
+async def _lines(events: AsyncIterator[Any]) -> AsyncIterator[bytes]:
     try:
         async for event in events:
             yield b"data: " + orjson.dumps(event) + b"\n\n"
         yield b"data: [DONE]\n\n"
     except Refusal as refusal:
         yield b"data: " + orjson.dumps(refusal.body) + b"\n\n"
-    finally:
-        _cancel(jobs)
 
 
 async def _cancel_when_gone(http: HttpRequest, jobs: list[Job], pieces: asyncio.Queue[Any]) -> None:

@@ -21,7 +21,7 @@ from baichuan_sft.train.zero import deepspeed_config
 
 # What gloo and NCCL say of a rank that is gone.
 LOST_PEER = re.compile(r"closed by peer|reset by peer|Broken pipe|remote process exited", re.IGNORECASE)
-VERDICT_SECONDS = 5.0  # until the watch has said whose end it is, and ended this rank
+VERDICT_SECONDS = 8.0  # until the watch has said whose end it is, and ended this rank
 
 
 @contextlib.contextmanager
