@@ -4,7 +4,7 @@ import os
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -12,7 +12,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # A slow machine is no failure. The same examples each time: one that fails is there again at the next run;
 # a soak looks for others.
-settings.register_profile("tests", deadline=None, derandomize="BAICHUAN_SFT_SOAK" not in os.environ)
+settings.register_profile(
+    "tests",
+    deadline=None,
+    derandomize="BAICHUAN_SFT_SOAK" not in os.environ,
+    suppress_health_check=[HealthCheck.too_slow],
+)
 settings.load_profile("tests")
 
 

@@ -248,7 +248,7 @@ FAULTS = [
     (config(num_attention_heads="6"), UserError, "num_attention_heads is '6'; it must be a positive"),
     (config(dtype="float13"), UserError, "float13"),
     (break_config, UserError, "config.json: not JSON"),
-    (lambda base: (base / "config.json").unlink(), UserError, "config.json: no such file"),
+    (lambda base: (base / "config.json").unlink(), UserError, "not a model: there is no config.json in it"),
 ]
 
 

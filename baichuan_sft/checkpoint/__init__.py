@@ -53,6 +53,11 @@ def load_config(path: str | Path, *, vendor_packed: bool = False) -> BaichuanCon
         raise UserError(f"{path}: no such directory.")
     if is_adapter(path) and not (path / "config.json").is_file():
         raise UserError(f"{path}: an adapter, not a model; its base is {base_of(path)}.")
+    if not (path / "config.json").exists():
+        raise UserError(
+            f"{path}: not a model: there is no config.json in it; name the directory with the weights and "
+            "their config.json."
+        )
     raw = read_json(path / "config.json")
     if raw.get("model_type") != "baichuan":
         raise UserError(
