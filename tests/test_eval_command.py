@@ -399,7 +399,10 @@ def test_labels_tell_models_apart(paths, labels):
         ("tuned data --data_dir data --tasks cmmlu", "data: not a model: there is no config.json in it"),
         ("tuned tunde --data_dir data --tasks cmmlu", "tunde: no such directory"),
         ("tuned --data_dir data --tasks cmmlu --compare bsae", "bsae: no such directory"),
-        ("tuned --data_dir data --tasks cmmlu --compare data", "data: not a model: there is no config.json in it"),
+        (
+            "tuned --data_dir data --tasks cmmlu --compare data",
+            "data: not a model: there is no config.json in it",
+        ),
         ("tuned --data_dir data --limit 0", "a whole number of at least 1"),
     ],
 )

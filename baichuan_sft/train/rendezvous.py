@@ -71,10 +71,10 @@ def arrive(seconds: float) -> Any:
                 raise PeerFault(f"rendezvous: rank 0 says nothing since {seconds + CONNECT_SECONDS:g} s")
             time.sleep(0.1)
         verdict = json.loads(store.get("verdict"))
+        num_read = store.add("read", 1)
     except RuntimeError:  # the store went with rank 0
         raise PeerFault("rendezvous: rank 0 ended before all had come; its own error says why") from None
     if "missing" in verdict:
-        num_read = store.add("read", 1)
         end = time.monotonic() + READ_SECONDS  # the others read it from this process
         while serves and num_read < store.add("arrived", 0) and time.monotonic() < end:
             time.sleep(0.1)
