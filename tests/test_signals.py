@@ -14,8 +14,9 @@ from launching import BIN, environment, flags, free_port
 
 from baichuan_sft import load_tokenizer
 from baichuan_sft.commit import checkpoints, problems
+from baichuan_sft.errors import EnvironmentFault
 from baichuan_sft.model.modeling_baichuan import BaichuanForCausalLM
-from baichuan_sft.train.workers import lost_worker
+from baichuan_sft.train.workers import lost_worker, naming_lost_workers
 
 pytestmark = pytest.mark.slow
 
@@ -227,3 +228,37 @@ def test_a_worker_killed_with_a_batch_in_its_hands_is_known_from_the_broken_sock
     named = RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
     assert lost_worker(named) == "DataLoader worker (pid 7)"
     assert lost_worker(OSError("no such disk")) is None
+
+
+class Reset(ConnectionResetError):
+    """A broken socket, while whose error is read the signal of the worker's end arrives."""
+
+    def __str__(self):
+        os.kill(os.getpid(), signal.SIGCHLD)
+        return "reset by peer"
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["at once", "while the first error is read"])
+def test_a_worker_that_is_told_twice_is_one_error(monkeypatch, late):
+    """First by its broken socket, then by torch's handler, which raises wherever the process is."""
+
+    def torchs(signum, frame):
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+
+    def _try_get_data():
+        raise Reset if late else ConnectionResetError("reset by peer")
+
+    set_handler = signal.signal
+
+    def interrupted(signum, handler):  # looks for signals that have arrived before it changes anything
+        if not late:
+            os.kill(os.getpid(), signal.SIGCHLD)
+        return set_handler(signum, handler)
+
+    before = signal.signal(signal.SIGCHLD, torchs)
+    monkeypatch.setattr(signal, "signal", interrupted)
+    try:
+        with pytest.raises(EnvironmentFault, match=r"DataLoader worker( \(pid 7\))? was killed"):
+            naming_lost_workers(_try_get_data)
+    finally:
+        set_handler(signal.SIGCHLD, before)

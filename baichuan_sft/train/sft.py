@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from baichuan_sft.errors import EnvironmentFault, UserError
+from baichuan_sft.errors import UserError
 from baichuan_sft.train import status
 from baichuan_sft.train.args import Settings, SftTrainingArguments
 from baichuan_sft.train.checks import require_warmup_ends
@@ -20,7 +20,7 @@ from baichuan_sft.train.parse import parse
 from baichuan_sft.train.processes import joined, processes
 from baichuan_sft.train.progress import say
 from baichuan_sft.train.signals import handled
-from baichuan_sft.train.workers import lost_worker
+from baichuan_sft.train.workers import naming_lost_workers
 from baichuan_sft.train.zero import completed, resolve
 
 
@@ -130,17 +130,13 @@ def fit(trainer: Any, settings: Settings, checkpoint: Path | None) -> None:
     """Train; what DeepSpeed's file and the flags say differently becomes one line."""
     trainer.prepare_saving()
     try:
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        naming_lost_workers(
+            trainer.train, resume_from_checkpoint=None if checkpoint is None else str(checkpoint)
+        )
     except ValueError as error:
         if "DeepSpeed config values" not in str(error):
             raise
         raise UserError(f"{settings.training['deepspeed']}: {' '.join(str(error).split())}") from None
-    except (RuntimeError, OSError, EOFError) as error:
-        if not (lost := lost_worker(error)):
-            raise
-        raise EnvironmentFault(
-            f"{lost} was killed: is the memory full? --dataloader_num_workers 0 needs less."
-        ) from None
 
 
 def updates_in_all(args: Any, rows: Any, per_update: int) -> int:
