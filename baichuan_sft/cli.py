@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 from baichuan_sft import __version__
 from baichuan_sft.errors import UserError, pick
+from baichuan_sft.streams import outlive_reader
 from baichuan_sft.train import peers, signals, status
 
 # A launcher ends all ranks when the first one ends; so long the one that speaks may take to find the same.
@@ -48,6 +49,7 @@ EXAMPLE = """example:
 
 def run(command: Callable[[list[str]], int], argv: list[str]) -> int:
     """Exit code of a command; what the user can repair becomes one line, without a traceback."""
+    outlive_reader("stderr")
     # DeepSpeed says at every import, in every process, that there is no GPU.
     logging.getLogger("DeepSpeed").addFilter(lambda entry: "accelerator to CPU" not in entry.getMessage())
     # bitsandbytes does, on some CPUs, of a kernel that it would fetch and that nothing here calls.
@@ -71,7 +73,7 @@ def run(command: Callable[[list[str]], int], argv: list[str]) -> int:
     except signals.Interrupted as error:
         status.fail(error, error.exit_code)
         if rank == "0" or not error.everywhere:
-            print(error, file=sys.stderr, flush=True)
+            signals.tell(error)
         return leave(error.exit_code)
     except BrokenPipeError:  # of `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

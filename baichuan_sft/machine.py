@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import os
 import platform
 import random
 import re
+import signal
 import socket
 import struct
+import sys
 import time
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,11 +22,19 @@ from typing import Any
 
 SIOCGIFADDR = 0x8915  # asks the kernel for an interface's IPv4 address
 REACH_SECONDS = 5.0
+PR_SET_PDEATHSIG = 1
+LIBC = ctypes.CDLL(None, use_errno=True)
 FREE_PORTS = range(20000, 32768)  # above, Linux gives them to whoever connects or listens on port 0
 # Bridges of containers and virtual machines: every host has its own under the same address.
 VIRTUAL = ("docker", "br-", "veth", "virbr", "cni", "flannel", "cali", "podman", "lxc")
 # File systems that several hosts may share; a lock or a cache on one is seen by all, and may not hold.
 NETWORK_DISKS = re.compile(r"nfs|cifs|smb|lustre|gpfs|beegfs|ceph|gluster|9p|afs|fuse(?!blk|\.fuseiso)")
+
+
+def die_with_parent(number: int = signal.SIGKILL) -> None:
+    """In a new process: the kernel sends it a signal when its parent is gone, however that went."""
+    if sys.platform == "linux":
+        LIBC.prctl(PR_SET_PDEATHSIG, number)
 
 
 def identity() -> str:

@@ -1,8 +1,13 @@
 """``baichuan-sft data check`` and ``data prepare``: what they leave, and that they harm nothing."""
 
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
 
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -156,3 +161,33 @@ def test_rejected_rows_of_a_table_are_kept(data, tmp_path):
     assert data("check", "x.parquet", "--on-error", "skip")[0] == 0
     (line,) = (tmp_path / "data_check" / "rejected.jsonl").read_text().splitlines()
     assert json.loads(json.loads(line)["raw"]) == rows[1]
+
+
+POOL = """
+import os, sys, time
+from baichuan_sft.data.check import in_order
+if __name__ == "__main__":
+    for number, _ in enumerate(in_order(time.sleep, iter(lambda: 0.05, None), 2)):
+        if not number:
+            print("begun", flush=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_processes_that_read_end_with_their_parent(tmp_path, number):
+    program = tmp_path / "pool.py"  # spawned processes read it again
+    program.write_text(POOL)
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    with subprocess.Popen(
+        [sys.executable, program], env={**os.environ, "PYTHONPATH": str(ROOT)}, **pipes
+    ) as run:
+        assert run.stdout.readline() == b"begun\n"
+        family = psutil.Process(run.pid).children(recursive=True)
+        if number == signal.SIGINT:  # a terminal sends it to all
+            os.killpg(run.pid, number)
+        else:
+            run.kill()
+        said = run.communicate(timeout=60)[1].decode()
+    assert len(family) >= 2 and not psutil.wait_procs(family, timeout=20)[1]
+    assert said.count("Traceback") == (number == signal.SIGINT), said  # the parent's own

@@ -9,23 +9,28 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from fixtures import ROOT
 from hosts import children, wait_for
 from launching import free_port
+from torch.distributed import TCPStore
 
 from baichuan_sft import machine, ops_cache
 from baichuan_sft.errors import UserError
 from baichuan_sft.hosts import Host
+from baichuan_sft.launch import modes, outcome, restart
 from baichuan_sft.launch.command import main
 from baichuan_sft.launch.environment import forwarded, shown
 from baichuan_sft.launch.outcome import Failure
-from baichuan_sft.launch.ranks import marked
+from baichuan_sft.launch.ranks import Rank, marked
 from baichuan_sft.launch.restart import why_not
 from baichuan_sft.launch.supervise import START_SECONDS, Job, Stop, Watch
+from baichuan_sft.train.processes import LOST_PEER
 
 # What a rank does, by the first word. It tells its phase as a training rank does.
 WORKER = """
@@ -277,6 +282,21 @@ def test_restarts_are_counted_over_the_whole_run():
     assert "--max_restarts 2 is used up" in why_not(failures[2], failures[:2], 2)
 
 
+def test_whoever_asks_for_an_end_gets_no_restart(monkeypatch):
+    """A rank that fails while it saves for that."""
+    attempts = []
+
+    def attempt(job, stop):
+        attempts.append(job)
+        stop.first = signal.SIGTERM
+        return 7, Failure("a", 0, "save", 3, 7, "x")
+
+    monkeypatch.setattr(restart, "attempt", attempt)
+    monkeypatch.setattr(restart, "hosts_left", lambda job: job.hosts)
+    job = Job([Host("localhost", 1)], ["true"], {}, [], "logs")
+    assert restart.run_with_restarts(job, 2, Stop()) == 7 and len(attempts) == 1
+
+
 # --- addresses, environment, the command line ---------------------------------------------------------
 
 
@@ -499,3 +519,61 @@ def test_ranks_carry_the_mark_by_which_they_are_swept():
         child.kill()
         child.wait()
     assert json.dumps(marked("mark-of-this-test")) == "[]"
+
+
+def test_the_second_interrupt_reaches_ranks_in_sessions_of_their_own():
+    """torchrun gives each rank one."""
+    name, stop = f"rank of {os.getpid()}", Stop()
+    program = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
+    words = ["sh", "-c", 'setsid "$@" & sleep 600', "sh", sys.executable, "-c", program, name]
+
+    def ranks():
+        """What setsid has become; the shell names the same words."""
+        own = "\0".join([sys.executable, "-c", program, name, ""]).encode()
+        commands = {process: Path(f"/proc/{process}/cmdline") for process in machine.processes()}
+        with contextlib.suppress(OSError):  # one has just ended
+            return [process for process, path in commands.items() if path.read_bytes() == own]
+
+    def interrupt():
+        wait_for("rank", ranks)
+        stop.first, stop.again = signal.SIGINT, True
+
+    interrupting = threading.Thread(target=interrupt)
+    interrupting.start()
+    code = modes.run_one(words, os.environ, stop)
+    interrupting.join()
+    assert code == 130
+    wait_for("end", lambda: ranks() == [], seconds=5)
+
+
+def test_a_log_that_is_deleted_is_read_on(tmp_path):
+    program = "import time; print('before', flush=True); time.sleep(1); print('after')"
+    rank = Rank(0, 0, tmp_path / "rank-0.log")
+    rank.start([sys.executable, "-c", program], os.environ)
+    wait_for("word", lambda: "before" in rank.tail())
+    rank.log.unlink()
+    assert rank.process.wait(60) == 0
+    assert rank.new_output() == "before\nafter\n" and rank.tail().endswith("after")
+    rank.remove_status()
+
+
+def test_a_store_that_is_gone_is_known_by_its_words():
+    """torch's own, of a rank 0 that was killed before there was a group."""
+    server = "import sys, time; from torch.distributed import TCPStore\n"
+    server += "store = TCPStore('127.0.0.1', int(sys.argv[1]), is_master=True, wait_for_workers=False)\n"
+    server += "print('ready', flush=True); time.sleep(600)"
+    port = free_port()
+    with subprocess.Popen([sys.executable, "-c", server, str(port)], stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"ready\n"
+        store = TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
+        store.add("data is read", 1)
+        process.kill()
+        process.wait()
+    for call in (
+        lambda: store.add("data is read", 0),
+        lambda: store.get("watch"),
+        lambda: store.check(["x"]),
+    ):
+        with pytest.raises(RuntimeError) as caught:
+            call()
+        assert LOST_PEER.search(str(caught.value)) and outcome.LOST_PEER.search(str(caught.value))

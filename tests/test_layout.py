@@ -11,7 +11,7 @@ from fixtures import ROOT
 LAYERS = [
     {"errors"},
     {"arguments", "model"},
-    {"variants", "machine"},
+    {"variants", "machine", "streams"},
     {"data", "attention", "quantization", "commit", "hosts", "ops_cache"},
     {"checkpoint", "plan"},
     {"evaluate"},

@@ -2,12 +2,15 @@
 
 import itertools
 import json
+import subprocess
 
 import pytest
 from fixtures import ROOT
 from launching import deepspeed, flags, log_of, make_nano
 
 from baichuan_sft.commit import sha256_of
+from baichuan_sft.train import universal
+from baichuan_sft.train.signals import Interrupted
 
 pytestmark = pytest.mark.slow
 
@@ -144,3 +147,17 @@ def test_another_number_of_ranks_takes_the_same_rows(other_ranks, move, stage, k
         assert other["loss"] == pytest.approx(one["loss"], rel=1e-6)
         assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-5)
     assert not list(other_ranks.glob("*/universal-*"))
+
+
+def test_a_conversion_ends_with_the_run_that_asked_for_it(monkeypatch):
+    """It would write on into a directory that the next run removes."""
+
+    def interrupted(code):
+        raise Interrupted("SIGTERM", 143)
+
+    monkeypatch.setattr(universal, "gather", interrupted)
+    monkeypatch.setattr(universal, "PATIENCE", 0.1)
+    running = subprocess.Popen(["sleep", "600"])
+    with pytest.raises(Interrupted):
+        universal._wait(running)
+    assert running.returncode == -9

@@ -377,6 +377,23 @@ def test_a_sandbox_that_breaks_is_no_verdict(monkeypatch):
         passes(RIGHT + MARK + TEST)
 
 
+def test_a_program_that_ended_while_nobody_looked_is_judged(monkeypatch):
+    """As where the evaluation was stopped for longer than the program may take."""
+
+    class Late(subprocess.Popen):
+        def communicate(self, input=None, timeout=None):
+            if input is not None:
+                self.stdin.write(input)
+                self.stdin.close()
+                self.stdin = None
+                self.wait()
+                raise subprocess.TimeoutExpired(self.args, timeout)
+            return super().communicate(timeout=timeout)
+
+    monkeypatch.setattr(subprocess, "Popen", Late)
+    assert passes(RIGHT + MARK + TEST).passed
+
+
 # ---- the benchmarks
 
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 import torch
@@ -310,6 +311,20 @@ def test_bad_numbers_after_a_save_do_not_cost_it(train, monkeypatch, tmp_path):
         train()
     assert names(tmp_path / "out") == ["checkpoint-2"]
     assert commit.problems(tmp_path / "out" / "checkpoint-2") == []
+
+
+def test_the_end_of_a_loader_worker_is_no_writers_error():
+    """torch raises it wherever the process is; the other ranks are inside the writer's collectives."""
+    saving = types.SimpleNamespace(fault=None)
+
+    def fails(said):
+        raise RuntimeError(said)
+
+    with pytest.raises(RuntimeError, match="worker"):
+        Saving._attempt(saving, fails, "DataLoader worker (pid 7) is killed by signal: Killed.")
+    assert saving.fault is None
+    Saving._attempt(saving, fails, "disk")
+    assert str(saving.fault) == "disk"
 
 
 def test_no_room_for_the_result_is_said(train, monkeypatch):

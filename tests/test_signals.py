@@ -135,6 +135,15 @@ def test_the_first_signal_saves_and_ends(start, name, code):
     assert run.facts()["error"]["exit_code"] == code
 
 
+def test_a_signal_saves_where_nobody_reads_any_more(start):
+    """As after Ctrl-C in ``train | tee log``, which ends tee too."""
+    deaf = 'exec "$@" > >(head -n 1 > /dev/null) 2>&1'
+    run = start("bash", "-c", deaf, "bash", sys.executable).until(lambda facts: facts["step"] >= 2)
+    run.send(signal.SIGINT)
+    assert run.ends(within=60) == 130
+    assert len(saved(run)) == 1
+
+
 def test_the_second_signal_ends_at_once(start):
     run = start(gradient_accumulation_steps=5000).until(lambda facts: facts["phase"] == "train")
     time.sleep(2)

@@ -1,13 +1,16 @@
 """The side processes among fake ranks: plain processes that live, stop, end well, or end badly."""
 
+import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from fixtures import ROOT
 from launching import free_port
@@ -119,6 +122,20 @@ def test_rank_zero_killed_ends_the_others_too(ranks):
     codes, errors = ranks.ends(1, 2, within=10)
     assert codes == [5, 5]
     assert errors.count("error (rank 1): ") == 1 and "rank 0: its process is gone" in errors
+
+
+def test_a_stranger_on_the_port_is_no_rank(ranks):
+    (hub,) = {item.laddr.port for item in psutil.Process(ranks.sides[0]).net_connections() if not item.raddr}
+    for said in (b"GET / HTTP/1.1\r\n\r\n", b"[1]\n", b"\xff\n", b""):
+        with socket.create_connection(("127.0.0.1", hub)) as stranger:
+            stranger.sendall(said)
+            stranger.settimeout(5)
+            with contextlib.suppress(ConnectionResetError):
+                while said and stranger.recv(4096):  # beats, until it is shown the door
+                    pass
+    ranks.fault(1, signal.SIGKILL)
+    codes, errors = ranks.ends(0, 2, within=10)
+    assert codes == [5, 5] and "rank 1: its process is gone" in errors
 
 
 def test_the_reason_of_a_failed_rank_is_told(ranks):

@@ -5,9 +5,11 @@ The results come out in the order of the file, so findings and counts do not dep
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import re
+import signal
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -18,6 +20,7 @@ from typing import Any, TypeVar
 import numpy as np
 import xxhash
 
+from baichuan_sft import machine
 from baichuan_sft.data import formats, length, reader, template
 from baichuan_sft.data.files import ReadOptions
 from baichuan_sft.data.findings import Finding, RecordFault
@@ -250,7 +253,8 @@ def in_order(function: Callable[..., T], work: Iterable[Any], num_workers: int, 
         running: deque[Future[T]] = deque()
         try:
             for piece in work:
-                running.append(pool.submit(_call, piece))
+                with signals_blocked():  # the first pieces start the processes
+                    running.append(pool.submit(_call, piece))
                 if len(running) > 2 * num_workers:
                     yield running.popleft().result()
             while running:
@@ -260,6 +264,19 @@ def in_order(function: Callable[..., T], work: Iterable[Any], num_workers: int, 
             raise EnvironmentFault(
                 f"a process that reads the data was ended from outside; {way_out}"
             ) from None
+        except BaseException:  # an end that was asked for does not wait for what is ahead
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+@contextlib.contextmanager
+def signals_blocked() -> Iterator[None]:
+    """A process started here never gets what a terminal sends to all: it ends with its parent."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 _job: tuple[Callable[..., Any], tuple[Any, ...]]
@@ -267,6 +284,7 @@ _job: tuple[Callable[..., Any], tuple[Any, ...]]
 
 def _remember(function: Callable[..., Any], args: tuple[Any, ...]) -> None:
     global _job
+    machine.die_with_parent()
     _job = (function, args)
 
 

@@ -74,7 +74,7 @@ def check() -> str | None:
     if sys.platform != "linux":
         return "it needs Linux"
     try:
-        done = _run("def one(): return 1" + MARK + "assert one() == 1", SECONDS, inside=True)
+        done = _run("def one(): return 1" + MARK + "assert one() == 1", 3 * SECONDS, inside=True)
     except OSError as error:
         return str(error)
     return None if done.passed else done.reason
@@ -139,7 +139,10 @@ def _run(program: str, seconds: float, inside: bool) -> Verdict:
         try:
             said = process.communicate(asked, timeout=PATIENCE * limit)[0].decode(errors="replace").strip()
         except subprocess.TimeoutExpired:
-            return Verdict(False, "timeout")
+            if process.poll() != 0:
+                return Verdict(False, "timeout")
+            # it has ended in time; this process was stopped, or late itself
+            said = process.communicate(timeout=SECONDS)[0].decode(errors="replace").strip()
         finally:
             if process.returncode is None:
                 os.killpg(process.pid, signal.SIGKILL)

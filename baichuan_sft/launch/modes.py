@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shlex
 import signal
 import subprocess
@@ -11,13 +12,14 @@ import time
 from collections.abc import Mapping
 from functools import partial
 
+from baichuan_sft import machine
 from baichuan_sft.errors import EnvironmentFault, UserError
 from baichuan_sft.hosts import module_words
 from baichuan_sft.launch import pdsh, screen
 from baichuan_sft.launch.environment import shown
 from baichuan_sft.launch.fleet import AGENT
 from baichuan_sft.launch.outcome import span
-from baichuan_sft.launch.ranks import die_with_parent
+from baichuan_sft.launch.ranks import MARK, sweep
 from baichuan_sft.launch.supervise import Job, Stop
 
 PORT = 29500  # where none can be looked for on the first host
@@ -105,15 +107,19 @@ def slurm_words(job: Job, environment: Mapping[str, str] = os.environ) -> list[s
 def run_one(words: list[str], environment: Mapping[str, str], stop: Stop) -> int:
     """Run another launcher to its end; the signals that ask for an end go on to it."""
     screen.note(shlex.join(words))
+    mark = secrets.token_hex(8)  # torchrun gives each rank a session of its own
     try:
-        die = partial(die_with_parent, signal.SIGTERM)  # it ends its ranks then
-        process = subprocess.Popen(words, env=dict(environment), start_new_session=True, preexec_fn=die)
+        die = partial(machine.die_with_parent, signal.SIGTERM)  # it ends its ranks then
+        process = subprocess.Popen(
+            words, env={**environment, MARK: mark}, start_new_session=True, preexec_fn=die
+        )
     except FileNotFoundError:
         raise EnvironmentFault(f"{words[0]}: no such program on this machine.") from None
     stop.armed, asked = True, False
     while process.poll() is None:
         if stop.again:
             os.killpg(process.pid, signal.SIGKILL)
+            sweep(mark)
         elif stop.first is not None and not asked:
             asked = True
             process.send_signal(signal.SIGTERM)

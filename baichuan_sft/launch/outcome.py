@@ -18,7 +18,8 @@ TOLD = {2, 3, 4, 5, 6}  # exit codes of errors that are one sentence with the wa
 LOST = PeerFault.exit_code
 # What gloo, NCCL and the store say where another rank is gone.
 LOST_PEER = re.compile(
-    r"closed by peer|reset by peer|Broken pipe|remote process exited|Connection refused|another rank ended",
+    r"closed by peer|reset by peer|Broken pipe|remote process exited|likely closed|Connection refused"
+    r"|another rank ended",
     re.IGNORECASE,
 )
 

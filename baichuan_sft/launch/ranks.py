@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import codecs
 import contextlib
-import ctypes
 import json
 import os
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from baichuan_sft import machine
 
@@ -24,14 +22,6 @@ TAIL_BYTES = 8192
 TAIL_LINES = 40
 MARK = "BAICHUAN_SFT_RUN"  # in the environment of every process of a run, children of children too
 SWEEP_SECONDS = 3.0
-PR_SET_PDEATHSIG = 1
-LIBC = ctypes.CDLL(None, use_errno=True)
-
-
-def die_with_parent(number: int = signal.SIGKILL) -> None:
-    """In a new process: the kernel sends it a signal when its parent is gone, however that went."""
-    if sys.platform == "linux":
-        LIBC.prctl(PR_SET_PDEATHSIG, number)
 
 
 @dataclass
@@ -44,6 +34,7 @@ class Rank:
     reported: bool = False
     process: subprocess.Popen[bytes] = field(init=False)
     status_dir: Path = field(init=False)
+    _reader: BinaryIO = field(init=False)  # kept open: the log may be moved or deleted
     _begin: int = 0  # bytes of the log that an earlier run wrote
     _shown: int = 0
     _seen: Any = None
@@ -57,6 +48,7 @@ class Rank:
             log.write(f"--- rank {self.number}, started {stamp} ---\n".encode())
             log.flush()
             self._begin = self._shown = log.tell()
+            self._reader = self.log.open("rb", buffering=0)
             self.process = subprocess.Popen(
                 command,
                 env={**environment, **{name: str(value) for name, value in own.items()}},
@@ -64,13 +56,13 @@ class Rank:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
-                preexec_fn=die_with_parent,
+                preexec_fn=machine.die_with_parent,
             )
 
     def new_output(self) -> str:
-        with self.log.open("rb") as log:
-            log.seek(self._shown)
-            data = log.read(65536)
+        data = b""
+        with contextlib.suppress(OSError):  # of a network's disk: later, perhaps
+            data = os.pread(self._reader.fileno(), 65536, self._shown)
         self._shown += len(data)
         return self._decoder.decode(data)
 
@@ -87,9 +79,9 @@ class Rank:
 
     def tail(self) -> str:
         """The last lines of this run in the log."""
-        with contextlib.suppress(OSError), self.log.open("rb") as log:
-            log.seek(max(self._begin, os.fstat(log.fileno()).st_size - TAIL_BYTES))
-            return "\n".join(log.read().decode(errors="replace").splitlines()[-TAIL_LINES:])
+        with contextlib.suppress(OSError):
+            self._reader.seek(max(self._begin, os.fstat(self._reader.fileno()).st_size - TAIL_BYTES))
+            return "\n".join(self._reader.read().decode(errors="replace").splitlines()[-TAIL_LINES:])
         return ""
 
     def is_stopped(self) -> bool:

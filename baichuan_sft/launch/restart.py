@@ -23,7 +23,7 @@ def run_with_restarts(job: Job, max_restarts: int, stop: Stop) -> int:
     job = dataclasses.replace(job, environment=job.environment | {"BAICHUAN_SFT_LAUNCH": f"{launch}:0"})
     while True:
         code, failure = attempt(job, stop)
-        if failure is None:
+        if failure is None or stop.first is not None:  # whoever wants an end wants no restart
             return code
         reason = why_not(failure, seen, max_restarts)
         if reason:

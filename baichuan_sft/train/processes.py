@@ -19,8 +19,10 @@ from baichuan_sft.train.args import Settings
 from baichuan_sft.train.rendezvous import CONNECT_SECONDS, arrive, check_world, wait_for_all, world_size
 from baichuan_sft.train.zero import deepspeed_config
 
-# What gloo and NCCL say of a rank that is gone.
-LOST_PEER = re.compile(r"closed by peer|reset by peer|Broken pipe|remote process exited", re.IGNORECASE)
+# What gloo, NCCL and the store say of a rank that is gone.
+LOST_PEER = re.compile(
+    r"closed by peer|reset by peer|Broken pipe|remote process exited|likely closed", re.IGNORECASE
+)
 VERDICT_SECONDS = 8.0  # until the watch has said whose end it is, and ended this rank
 
 
@@ -38,8 +40,8 @@ def joined(settings: Settings) -> Iterator[Any]:
         yield None
         return
     store = arrive(float(settings.training["rendezvous_timeout"]))
-    peers.start_watch(store, settings.training["peer_timeout"])
     try:
+        peers.start_watch(store, settings.training["peer_timeout"])
         yield store
     except BaseException as error:
         if isinstance(error, RuntimeError) and LOST_PEER.search(str(error)):

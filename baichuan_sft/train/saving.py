@@ -32,6 +32,7 @@ from baichuan_sft.train.reload import compare_reloaded, probe
 from baichuan_sft.train.space import DiskFault
 from baichuan_sft.train.speed import Speed
 from baichuan_sft.train.together import gather, require_one_directory, together
+from baichuan_sft.train.workers import lost_worker
 from baichuan_sft.train.writers import shielded
 
 if TYPE_CHECKING:
@@ -203,11 +204,9 @@ class Saving(_Base):
             text += f": {space.room(directory.parent, self.expected_bytes)}"
         line = f"{directory.name}: not saved ({self.failed_saves} of {limit} in a row), {text}"
         if self.failed_saves >= limit:
-            ended = EnvironmentFault(
-                f"{line}; checkpoints before it are whole. Free some, then --resume auto."
-            )
-            ended.everywhere = True  # type: ignore[attr-defined]
-            raise ended
+            end = EnvironmentFault(f"{line}; checkpoints before it are whole. Free some, then --resume auto.")
+            end.everywhere = True  # type: ignore[attr-defined]
+            raise end
         say(f"{line}; training goes on, checkpoints before it are whole")
 
     def _discard(self, directory: Path) -> None:
@@ -223,7 +222,7 @@ class Saving(_Base):
         try:
             return function(*args, **kwargs)
         except Exception as error:
-            if getattr(error, "everywhere", False):
+            if getattr(error, "everywhere", False) or lost_worker(error):  # no writer's; this rank ends
                 raise
             self.fault = error
             return None

@@ -17,6 +17,8 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+from baichuan_sft.streams import outlive_reader
+
 EXIT_CODES = {signal.SIGTERM: 143, signal.SIGHUP: 143, signal.SIGINT: 130}
 # Seconds: Ctrl-C reaches every process, and then launchers pass it on, as the same signal or another.
 SAME_EVENT = {signal.SIGTERM: 3.0, signal.SIGHUP: 3.0, signal.SIGINT: 1.0}
@@ -25,6 +27,7 @@ NOTHING_TO_SAVE = "{}: ended before the first update, there is nothing to save"
 
 _training = False
 _first: signal.Signals | None = None
+_told = False
 
 
 class Interrupted(BaseException):
@@ -42,8 +45,9 @@ class Interrupted(BaseException):
 @contextlib.contextmanager
 def handled() -> Iterator[None]:
     """Signals end the run as said above; in the main thread only, where Python handles them."""
-    global _training, _first
-    _training, _first = False, None
+    global _training, _first, _told
+    _training, _first, _told = False, None, False
+    outlive_reader("stdout")
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -113,6 +117,14 @@ def end_process(exit_code: int) -> None:
     os._exit(exit_code)
 
 
+def tell(message: object) -> None:
+    """Why this process ends; said once."""
+    global _told
+    if not _told:
+        _told = True
+        print(message, file=sys.stderr, flush=True)
+
+
 def _handle(signum: int, frame: Any) -> None:
     global _first
     if _first is None:
@@ -122,9 +134,8 @@ def _handle(signum: int, frame: Any) -> None:
 
 
 def _end_idle(signum: signal.Signals) -> None:
-    """Where a call into C has kept Python's handler from running all the while."""
-    if _first is None:
-        print(NOTHING_TO_SAVE.format(signum.name), file=sys.stderr, flush=True)
+    """Where a call into C has kept Python's handler from running all the while, or what it left waits."""
+    tell(NOTHING_TO_SAVE.format(signum.name))
     end_process(EXIT_CODES[signum])
 
 

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from baichuan_sft import machine
 from baichuan_sft.errors import CheckpointFault, EnvironmentFault, UserError
 from baichuan_sft.train.progress import say
 from baichuan_sft.train.resume import Resumed
@@ -70,7 +71,9 @@ def convert(resumed: Resumed, target: Path) -> Path:
     running = None
     if place()[0] == 0:
         with open(log, "wb") as out:
-            running = subprocess.Popen(words, stdout=out, stderr=subprocess.STDOUT)
+            running = subprocess.Popen(
+                words, stdout=out, stderr=subprocess.STDOUT, preexec_fn=machine.die_with_parent
+            )
     if code := _wait(running):
         raise CheckpointFault(
             f"{resumed.path}: cannot be cut anew, exit code {code}, see {log} and `{' '.join(words)}`; "
@@ -100,11 +103,16 @@ def _prepare(resumed: Resumed, target: Path) -> None:
 def _wait(running: subprocess.Popen | None) -> int:
     """Its exit code, on every rank."""
     code: int | None = None
-    while code is None:
-        if running is not None:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                code = running.wait(PATIENCE)
-        code = gather(code)[0]
+    try:
+        while code is None:
+            if running is not None:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    code = running.wait(PATIENCE)
+            code = gather(code)[0]
+    finally:
+        if running is not None and code is None:  # it would write on into what the next run removes
+            running.kill()
+            running.wait()
     return code
 
 

@@ -38,15 +38,17 @@ class Peer:
             self.sock.send(json.dumps(message).encode() + b"\n", socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
 
     def hear(self):
-        """Messages since the last call; None at the end of the connection."""
+        """Messages since the last call; None at the end of the connection, or where no watch is speaking."""
         try:
             data = self.sock.recv(65536)
+            *lines, self.buffer = (self.buffer + data).split(b"\n")
+            messages = [json.loads(line) for line in lines]
         except BlockingIOError:
             return []
-        except OSError:
+        except (OSError, ValueError):
             return None
-        *lines, self.buffer = (self.buffer + data).split(b"\n")
-        return [json.loads(line) for line in lines] if data else None
+        known = all(isinstance(one, dict) and ("verdict" in one or "rank" in one) for one in messages)
+        return messages if data and known else None
 
 
 def describe(facts, what):
@@ -146,8 +148,9 @@ class Watch:
             if 0 in ready and not self.read_rank():
                 inputs = []
             if self.server and self.server.fileno() in ready:
-                self.peers.append(Peer(self.server.accept()[0], now))
-                self.peers[-1].sock.setblocking(False)
+                with contextlib.suppress(OSError):  # gone again, as a port scanner is
+                    self.peers.append(Peer(self.server.accept()[0], now))
+                    self.peers[-1].sock.setblocking(False)
             told = [self.hear(peer, now) for peer in list(self.peers) if peer.sock.fileno() in ready]
             if self.state != "bye":
                 state, self.state = self.state, self.look_at_rank()
