@@ -23,7 +23,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -306,10 +305,11 @@ class Server:
         Returns:
             its exit code, None where it was killed, by us or for taking too long; and what it said.
         """
+        from baichuan_sft import machine
+
         out.mkdir(parents=True, exist_ok=True)
         log = self.work / "runs" / f"{out.name}.log"
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
+        with machine.listen(0) as probe:
             port = probe.getsockname()[1]
         began = time.monotonic()
         ranks = [self._fork(run, rank, processes, port, log) for rank in range(processes)]

@@ -399,7 +399,7 @@ def test_second_call_does_not_tokenise(build, tokenizer, monkeypatch):
     monkeypatch.setattr(tokenizer, "encode_texts", fail)
     started = time.monotonic()
     second = build([CHAT])
-    assert time.monotonic() - started < 1
+    assert time.monotonic() - started < 10
     assert str(second.report) == str(first.report)
     assert rows(second.train, "labels") == rows(first.train, "labels")
     with pytest.raises(AssertionError, match="tokenised again"):

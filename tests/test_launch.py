@@ -525,7 +525,7 @@ def test_the_second_interrupt_reaches_ranks_in_sessions_of_their_own():
     """torchrun gives each rank one."""
     name, stop = f"rank of {os.getpid()}", Stop()
     program = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
-    words = ["sh", "-c", 'setsid "$@" & sleep 600', "sh", sys.executable, "-c", program, name]
+    words = ["sh", "-c", 'setsid "$@" & sleep 6000', "sh", sys.executable, "-c", program, name]
 
     def ranks():
         """What setsid has become; the shell names the same words."""

@@ -87,7 +87,7 @@ def test_ranks_of_three_hosts_meet(run):
         assert f"rank {rank} of 3, world 3:3" in log
         assert re.search(rf"h{rank + 1} +rank {rank} +eth0", output)
         assert re.search(rf"h{rank + 1} +rank {rank} ok +nothing left", output)
-    run.wait_until_gone(2)
+    run.wait_until_gone(KILLED)
 
 
 def test_a_name_that_leads_home_is_not_the_address(run):
@@ -108,12 +108,12 @@ def test_a_name_that_leads_home_is_not_the_address(run):
 def test_an_exception_on_one_host(run):
     began = time.monotonic()
     code, output = run.whole(run.worker, "raise")
-    assert time.monotonic() - began < KILLED + 5  # the start takes its time too
+    assert time.monotonic() - began < KILLED + 10  # the start takes its time too
     assert code == 1
     assert "h3, rank 2: ValueError: no such 词" in output and "phase train, step 17" in output
     assert f"log: {run.directory}/logs/rank-2.log on h3" in output
     assert output.count("Traceback") == 1
-    run.wait_until_gone(2)
+    run.wait_until_gone(KILLED)
 
 
 def test_all_processes_of_a_host_killed(run):
@@ -123,7 +123,7 @@ def test_all_processes_of_a_host_killed(run):
     assert code == 5
     assert re.search(r"h3: host lost with rank 2|h3, rank 2: killed by SIGKILL", output)
     assert "phase train, step 17" in output and "rank-2.log on h3" in output
-    run.wait_until_gone(2)
+    run.wait_until_gone(KILLED)
 
 
 def test_a_frozen_host(run):
@@ -133,7 +133,7 @@ def test_a_frozen_host(run):
     assert code == 5
     assert "h2: host lost with rank 1: no sign of life for 20 s" in output
     assert "not reachable: its agent ends what is left by itself" in output
-    run.wait_until_gone(2, 1, 3)
+    run.wait_until_gone(KILLED, 1, 3)
     run.cluster.thaw(2, OURS)
     run.wait_until_gone(KILLED, 2)
 
@@ -145,7 +145,7 @@ def test_a_frozen_rank(run):
     code, output = run.end(SILENT)
     assert code == 5
     assert re.search(r"h2, rank 1: stopped \(SIGSTOP or a debugger\) for \d+ s", output)
-    run.wait_until_gone(2)
+    run.wait_until_gone(KILLED)
 
 
 def test_a_cut_link(run):
@@ -186,7 +186,7 @@ def test_a_signal_lets_the_ranks_of_all_hosts_save(number, expected, run):
     for rank in range(3):
         assert "saved" in (run.directory / "logs" / f"rank-{rank}.log").read_text()
         assert re.search(rf"h{rank + 1} +rank {rank} saved and ended +nothing left", output)
-    run.wait_until_gone(2)
+    run.wait_until_gone(KILLED)
 
 
 def test_restart_on_the_hosts_left(run):
@@ -302,4 +302,4 @@ def test_deepspeeds_launcher_through_pdsh(run):
         assert f"rank {rank} 3:3 ['a b;c $HOME']" in output
     code, output = run.whole("--mode", "pdsh", script, "fail")
     assert code not in (0, None)
-    run.wait_until_gone(2)
+    run.wait_until_gone(KILLED)

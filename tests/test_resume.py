@@ -500,7 +500,7 @@ def test_a_killed_run_goes_on_by_itself(nano, finished, tmp_path):
     running = subprocess.Popen(
         command, env=environment(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
-    until = time.monotonic() + 120
+    until = time.monotonic() + 400
     while not (tmp_path / "out" / "checkpoint-2" / "COMMIT").exists():
         assert running.poll() is None and time.monotonic() < until, running.stdout.read().decode()
         time.sleep(0.01)

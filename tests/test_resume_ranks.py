@@ -157,7 +157,7 @@ def test_a_conversion_ends_with_the_run_that_asked_for_it(monkeypatch):
 
     monkeypatch.setattr(universal, "gather", interrupted)
     monkeypatch.setattr(universal, "PATIENCE", 0.1)
-    running = subprocess.Popen(["sleep", "600"])
+    running = subprocess.Popen(["sleep", "6000"])
     with pytest.raises(Interrupted):
         universal._wait(running)
     assert running.returncode == -9

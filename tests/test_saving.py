@@ -430,7 +430,7 @@ def test_a_second_run_is_refused_at_once_and_the_first_unharmed(held):
         lock.locked(str(path)),
     ):
         pass
-    assert time.monotonic() - started < 1
+    assert time.monotonic() - started < 10
     assert caught.value.exit_code == 2
     assert (path / lock.NAME).read_bytes() == before and holder.poll() is None
 

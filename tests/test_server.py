@@ -28,6 +28,7 @@ from baichuan_sft.infer.server_wire import Offsets, text_logprobs
 
 CONTEXT = 1024
 TOKEN = "canary-0123456789abcdef"
+LONG = 1  # a seed whose answer at temperature 2 has no end within 1,000 tokens
 HTTP = httpx.Client(verify=False, trust_env=False, timeout=60)
 CHAT = "/v1/chat/completions"
 
@@ -582,7 +583,7 @@ def test_e12_a_client_that_goes_ends_its_answer(engine, url, monkeypatch, stream
 
     monkeypatch.setattr(type(engine), "_step", slow)
     before, cancelled = engine.counts["generated_tokens"], engine.counts["cancelled"]
-    wanted = body(max_tokens=1000, stream=stream, temperature=2)  # 60 s, were it to run on
+    wanted = body(max_tokens=1000, stream=stream, temperature=2, seed=LONG)  # 60 s, were it to run on
     host, port = url[7:].split(":")
     content = json.dumps(wanted).encode()
     with socket.create_connection((host, int(port))) as connection:
@@ -635,7 +636,8 @@ def test_a_server_that_ends_says_so_to_all_who_wait(folder, monkeypatch, capfd):
     monkeypatch.setattr(type(engine), "_step", lambda self, name: (time.sleep(0.02), step(self, name)))
 
     def one(url, stream):
-        answers.append(post(url, body(max_tokens=900, stream=stream, temperature=2)))  # 18 s, were it to end
+        wanted = body(max_tokens=900, stream=stream, temperature=2, seed=LONG)  # 18 s, were it to end
+        answers.append(post(url, wanted))
 
     with serving(engine) as (host, port):
         threads = [
@@ -643,7 +645,9 @@ def test_a_server_that_ends_says_so_to_all_who_wait(folder, monkeypatch, capfd):
         ]
         for thread in threads:
             thread.start()
-        wait_for(lambda: engine.num_waiting == 20 - engine.max_batch)
+        wait_for(
+            lambda: (engine.num_running, engine.num_waiting) == (engine.max_batch, 20 - engine.max_batch)
+        )
     for thread in threads:
         thread.join()
     assert sorted(answer.status_code for answer in answers) == [200] * 10 + [503] * 10

@@ -239,6 +239,25 @@ def test_a_worker_killed_with_a_batch_in_its_hands_is_known_from_the_broken_sock
     assert lost_worker(OSError("no such disk")) is None
 
 
+CUT_OFF = """
+import sys
+from baichuan_sft.train.signals import ignore_in_worker
+
+ignore_in_worker(0)
+for error in (ConnectionResetError("cut off"), EOFError("cut off"), ValueError("its own")):
+    try:
+        raise error
+    except Exception:
+        sys.excepthook(*sys.exc_info())  # as the thread does that hands batches over
+"""
+
+
+def test_a_worker_that_its_rank_cut_off_says_nothing():
+    words = [sys.executable, "-c", CUT_OFF]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120, env=environment(), cwd=ROOT)
+    assert "ValueError: its own" in done.stderr and "cut off" not in done.stderr
+
+
 class Reset(ConnectionResetError):
     """A broken socket, while whose error is read the signal of the worker's end arrives."""
 

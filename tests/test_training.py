@@ -490,6 +490,6 @@ def test_a_fault_in_the_data_ends_all_processes_with_its_one_line(nano, tmp_path
             cache_dir=tmp_path / "cache",
         ),
     )
-    assert done.returncode == 2, done.stdout
+    assert done.returncode in (2, 5), done.stdout  # 5: DeepSpeed saw the other rank's end first
     assert len(error_lines(done.stdout)) == 1
     assert "bad.jsonl:50001" in done.stdout and 'did you mean "human"' in done.stdout

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import multiprocessing
+import os
 import re
 import signal
 from collections import Counter, deque
@@ -285,6 +286,9 @@ _job: tuple[Callable[..., Any], tuple[Any, ...]]
 def _remember(function: Callable[..., Any], args: tuple[Any, ...]) -> None:
     global _job
     machine.die_with_parent()
+    parent = multiprocessing.parent_process()
+    if parent and os.getppid() != parent.pid:  # gone before this one could ask to be told
+        os._exit(1)
     _job = (function, args)
 
 

@@ -87,9 +87,18 @@ def name_of(exit_code: int) -> str:
 
 
 def ignore_in_worker(_: int) -> None:
-    """For data loader workers, to whom launchers send signals too: rank and save need them to the end."""
+    """For data loader workers, to whom launchers send signals too: rank and save need them to the end.
+
+    A rank that fails while it takes a batch from one cuts it off; the rank says why, the worker need not.
+    """
     for signum in EXIT_CODES:
         signal.signal(signum, signal.SIG_IGN)
+    sys.excepthook = _silent_where_cut_off
+
+
+def _silent_where_cut_off(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    if not isinstance(error, ConnectionError | EOFError):
+        sys.__excepthook__(kind, error, trace)
 
 
 def _end_workers() -> None:

@@ -80,4 +80,6 @@ class Stopping(_Base):
 
     def _interrupted(self, text: str) -> Interrupted:
         code = int(self.stop_code)
-        return Interrupted(f"{signals.name_of(code)}: {text}", code, everywhere=True)
+        error = Interrupted(f"{signals.name_of(code)}: {text}", code, everywhere=True)
+        status.fail(error, code)  # now: the launcher may end this rank as soon as another has ended
+        return error

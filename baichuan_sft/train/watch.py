@@ -155,6 +155,8 @@ class Watch:
             if self.state != "bye":
                 state, self.state = self.state, self.look_at_rank()
                 beaten = beaten if state == self.state else 0.0
+            while self.state == "gone" and inputs and select_ready(inputs, 0) and self.read_rank():
+                pass  # its last words
             verdict = next((message for message in told if message), None)
             if verdict is None and (found := self.judge(now)):
                 verdict = {"verdict": describe(*found), "of": found[0]}
@@ -178,11 +180,11 @@ def listen():
     return socket.create_server(("", 0), backlog=4096)
 
 
-def select_ready(files):
+def select_ready(files, seconds=TICK):
     poller = select.poll()  # select() stops at file 1,024
     for file in files:
         poller.register(file, select.POLLIN)
-    return {file for file, _ in poller.poll(TICK * 1000)}
+    return {file for file, _ in poller.poll(seconds * 1000)}
 
 
 def end_rank(own, parent, verdict):
