@@ -5,15 +5,19 @@ from __future__ import annotations
 import contextlib
 import io
 import sys
-from typing import Any
 
 
-class _Lasting(io.FileIO):
-    def write(self, data: Any, /) -> int:
-        try:
-            return super().write(data)
-        except OSError:  # the reader of the pipe has ended, the terminal is gone, the log's disk is full
-            return len(data)
+class _Lasting(io.TextIOWrapper):
+    """Drops what cannot be written: the pipe's reader has ended, the terminal is gone, the disk is full."""
+
+    def write(self, text: str, /) -> int:
+        with contextlib.suppress(OSError):
+            super().write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            super().flush()
 
 
 def outlive_reader(name: str) -> None:
@@ -27,12 +31,5 @@ def outlive_reader(name: str) -> None:
         return
     with contextlib.suppress(OSError):
         stream.flush()
-    raw = _Lasting(stream.fileno(), "w", closefd=False)
-    text = io.TextIOWrapper(
-        io.BufferedWriter(raw),
-        stream.encoding,
-        stream.errors,
-        line_buffering=stream.line_buffering,
-        write_through=stream.write_through,
-    )
-    setattr(sys, name, text)
+    buffered = dict(line_buffering=stream.line_buffering, write_through=stream.write_through)
+    setattr(sys, name, _Lasting(stream.buffer, stream.encoding, stream.errors, **buffered))

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -521,29 +520,29 @@ def test_ranks_carry_the_mark_by_which_they_are_swept():
     assert json.dumps(marked("mark-of-this-test")) == "[]"
 
 
-def test_the_second_interrupt_reaches_ranks_in_sessions_of_their_own():
-    """torchrun gives each rank one."""
-    name, stop = f"rank of {os.getpid()}", Stop()
-    program = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
-    words = ["sh", "-c", 'setsid "$@" & sleep 6000', "sh", sys.executable, "-c", program, name]
-
-    def ranks():
-        """What setsid has become; the shell names the same words."""
-        own = "\0".join([sys.executable, "-c", program, name, ""]).encode()
-        commands = {process: Path(f"/proc/{process}/cmdline") for process in machine.processes()}
-        with contextlib.suppress(OSError):  # one has just ended
-            return [process for process, path in commands.items() if path.read_bytes() == own]
+@pytest.mark.parametrize("killed", [False, True], ids=["second interrupt", "killed"])
+def test_ranks_in_sessions_of_their_own_end_with_their_launcher(tmp_path, killed):
+    """torchrun gives each rank one, and ends none where it is killed."""
+    begun, stop = tmp_path / "begun", Stop()
+    program = "import signal, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+    program += "open(sys.argv[1], 'w').close(); time.sleep(600)"
+    then = f"until [ -e '{begun}' ]; do sleep 0.1; done; kill -9 $$" if killed else "sleep 60"
+    rank = [sys.executable, "-c", program, str(begun)]
 
     def interrupt():
-        wait_for("rank", ranks)
-        stop.first, stop.again = signal.SIGINT, True
+        try:
+            wait_for("rank", begun.exists)
+        finally:
+            stop.first, stop.again = signal.SIGINT, True
 
     interrupting = threading.Thread(target=interrupt)
-    interrupting.start()
-    code = modes.run_one(words, os.environ, stop)
-    interrupting.join()
-    assert code == 130
-    wait_for("end", lambda: ranks() == [], seconds=5)
+    if not killed:
+        interrupting.start()
+    code = modes.run_one(["sh", "-c", f'setsid "$@" & {then}', "sh", *rank], os.environ, stop)
+    assert code == (5 if killed else 130)
+    wait_for("end", lambda: " ".join(rank) not in map(machine.command_line, machine.processes()), seconds=5)
+    if not killed:
+        interrupting.join()
 
 
 def test_a_log_that_is_deleted_is_read_on(tmp_path):

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -290,3 +291,15 @@ def test_a_worker_that_is_told_twice_is_one_error(monkeypatch, late):
             naming_lost_workers(_try_get_data)
     finally:
         set_handler(signal.SIGCHLD, before)
+
+
+def test_another_error_is_told_as_it_is_in_any_thread():
+    def train():
+        raise RuntimeError("CUDA out of memory")
+
+    before = signal.getsignal(signal.SIGCHLD)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        naming_lost_workers(train)
+    assert signal.getsignal(signal.SIGCHLD) == before
+    with ThreadPoolExecutor(1) as pool, pytest.raises(RuntimeError, match="out of memory"):
+        pool.submit(naming_lost_workers, train).result()

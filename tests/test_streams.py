@@ -58,6 +58,13 @@ def test_what_nobody_reads_is_dropped(name):
     assert run(program.replace("outlive_reader(", "str("), deaf=[name])[0] != 7  # what Python does
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_lines_of_a_process_that_is_killed_are_as_buffered_as_before(monkeypatch, unbuffered):
+    monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
+    program = "from baichuan_sft.streams import outlive_reader\noutlive_reader('stderr')\n"
+    assert run(program + "print('a line', file=sys.stderr)\nos.kill(os.getpid(), 9)") == (-9, "a line\n")
+
+
 def test_an_error_that_nobody_reads_keeps_its_exit_code():
     assert run(ENDS, deaf=["stderr"])[0] == 2
     assert run(ENDS) == (2, "error: no such file\n")

@@ -126,7 +126,7 @@ def test_rank_zero_killed_ends_the_others_too(ranks):
 
 def test_a_stranger_on_the_port_is_no_rank(ranks):
     (hub,) = {item.laddr.port for item in psutil.Process(ranks.sides[0]).net_connections() if not item.raddr}
-    for said in (b"GET / HTTP/1.1\r\n\r\n", b"[1]\n", b"\xff\n", b""):
+    for said in (b"GET / HTTP/1.1\r\n\r\n", b"[1]\n", b'{"rank": 5}\n', b"[" * 9999 + b"\n", b"\xff\n", b""):
         with socket.create_connection(("127.0.0.1", hub)) as stranger:
             stranger.sendall(said)
             stranger.settimeout(5)

@@ -265,9 +265,6 @@ def in_order(function: Callable[..., T], work: Iterable[Any], num_workers: int, 
             raise EnvironmentFault(
                 f"a process that reads the data was ended from outside; {way_out}"
             ) from None
-        except BaseException:  # an end that was asked for does not wait for what is ahead
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
 
 
 @contextlib.contextmanager

@@ -126,6 +126,8 @@ def run_one(words: list[str], environment: Mapping[str, str], stop: Stop) -> int
             screen.note("the ranks save and end; Ctrl-C (again) ends them at once, unsaved")
         time.sleep(0.1)
     code = process.returncode
+    if code < 0:  # killed, it has ended none of its ranks
+        sweep(mark)
     screen.note(f"{words[0] if words[0] != 'env' else 'torchrun'} ended with exit code {code}")
     if stop.first is not None:
         return Stop.code(stop.first)

@@ -23,6 +23,7 @@ TICK = 0.5  # seconds between two looks at the rank
 JOIN = 60.0  # seconds more than the limit for the first beat: interpreters that start from a slow disk
 JUMP = 5.0  # a tick that took so much longer: this process or machine was suspended, so nobody is late; half
 # the limit where that is less
+FACTS = {"host", "rank", "local_rank", "step", "state", "error"}  # of a beat
 REACTION = 4.0  # seconds a rank has to end by itself after a verdict
 
 
@@ -45,9 +46,9 @@ class Peer:
             messages = [json.loads(line) for line in lines]
         except BlockingIOError:
             return []
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return None
-        known = all(isinstance(one, dict) and ("verdict" in one or "rank" in one) for one in messages)
+        known = all(isinstance(one, dict) and ("verdict" in one or one.keys() >= FACTS) for one in messages)
         return messages if data and known else None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import signal
+import threading
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -23,16 +24,20 @@ def naming_lost_workers(train: Callable[..., Any], **arguments: Any) -> None:
     Raises:
         EnvironmentFault: a worker was ended from outside.
     """
+    before = None
     try:
         try:
             train(**arguments)
         except BROUGHT_ABOUT:
             # The worker's socket may break before the signal of its end is here. torch raises at that signal
             # wherever this process is by then, in place of what is being told: here at the latest.
-            signal.signal(signal.SIGCHLD, lambda *_: None)
+            if threading.current_thread() is threading.main_thread():
+                before = signal.signal(signal.SIGCHLD, lambda *_: None)
             raise
     except BROUGHT_ABOUT as error:
         if not (lost := lost_worker(error)):
+            if before is not None:
+                signal.signal(signal.SIGCHLD, before)
             raise
         raise EnvironmentFault(
             f"{lost} was killed: is the memory full? --dataloader_num_workers 0 needs less."
