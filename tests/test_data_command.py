@@ -164,9 +164,10 @@ def test_rejected_rows_of_a_table_are_kept(data, tmp_path):
 
 
 POOL = """
-import os, sys, time
+import os, signal, sys, time
 from baichuan_sft.data.check import in_order
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts with & ignores it
     for number, _ in enumerate(in_order(time.sleep, iter(lambda: 0.05, None), 2)):
         if not number:
             print("begun", flush=True)
@@ -182,12 +183,15 @@ def test_processes_that_read_end_with_their_parent(tmp_path, number):
     with subprocess.Popen(
         [sys.executable, program], env={**os.environ, "PYTHONPATH": str(ROOT)}, **pipes
     ) as run:
-        assert run.stdout.readline() == b"begun\n"
-        family = psutil.Process(run.pid).children(recursive=True)
-        if number == signal.SIGINT:  # a terminal sends it to all
-            os.killpg(run.pid, number)
-        else:
+        try:
+            assert run.stdout.readline() == b"begun\n"
+            family = psutil.Process(run.pid).children(recursive=True)
+            if number == signal.SIGINT:  # a terminal sends it to all
+                os.killpg(run.pid, number)
+            else:
+                run.kill()
+            said = run.communicate(timeout=60)[1].decode()
+        finally:
             run.kill()
-        said = run.communicate(timeout=60)[1].decode()
     assert len(family) >= 2 and not psutil.wait_procs(family, timeout=20)[1]
     assert said.count("Traceback") == (number == signal.SIGINT), said  # the parent's own
